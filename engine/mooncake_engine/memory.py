@@ -1,0 +1,100 @@
+"""What is registered: regions, and the bounds check that both sides use."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mooncake_engine.errors import InvalidTransfer, OutOfBounds
+from mooncake_engine.types import Region, RegionRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mooncake_engine.types import Uint64s
+
+
+class Bounds:
+    """Sorted, disjoint address ranges; `check` is one vectorised look-up."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        """Args: ranges: (address, length) pairs that do not overlap."""
+        joined: list[list[int]] = []  # touching ranges are one: a merged run may span them
+        for start, length in sorted(ranges):
+            if joined and joined[-1][1] == start:
+                joined[-1][1] = start + length
+            else:
+                joined.append([start, start + length])
+        self._starts = np.array([start for start, _ in joined], np.uint64)
+        self._ends = np.array([end for _, end in joined], np.uint64)
+
+    def check(self, addresses: Uint64s, lengths: Uint64s, whose: str) -> None:
+        """Raise `OutOfBounds`, naming the first run that lies in no single range."""
+        if not addresses.size:
+            return
+        if not self._starts.size:
+            raise OutOfBounds(f"{whose} has no registered memory; register it before a transfer")
+        slot = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
+        inside = slot >= 0
+        room = self._ends[np.maximum(slot, 0)] - addresses  # wraps when addresses > end
+        inside &= (addresses <= self._ends[np.maximum(slot, 0)]) & (lengths <= room)
+        if not inside.all():
+            bad = int(np.argmin(inside))
+            raise OutOfBounds(
+                f"run {bad} of {addresses.size}: {int(lengths[bad])} bytes at "
+                f"{int(addresses[bad]):#x} lie outside every region that {whose} registered"
+            )
+
+
+class RegionTable:
+    """Regions of this process. Safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _regions and the swap of _bounds
+        self._regions: dict[int, Region] = {}
+        self._bounds = Bounds()
+
+    def add(self, region: Region) -> None:
+        """Register; raises `InvalidTransfer` when it overlaps another region."""
+        if region.length <= 0 or region.address <= 0:
+            raise InvalidTransfer(
+                f"cannot register {region.length} bytes at {region.address:#x}: "
+                "address and length must be positive"
+            )
+        with self._lock:
+            for other in self._regions.values():
+                if (
+                    region.address < other.address + other.length
+                    and other.address < region.address + region.length
+                ):
+                    raise InvalidTransfer(
+                        f"{region.length} bytes at {region.address:#x} overlap the region of "
+                        f"{other.length} bytes at {other.address:#x}; unregister that one first"
+                    )
+            self._regions[region.address] = region
+            self._rebuild()
+
+    def remove(self, address: int) -> Region:
+        """Unregister the region that starts at `address`; `InvalidTransfer` when there is none."""
+        with self._lock:
+            region = self._regions.pop(address, None)
+            if region is None:
+                raise InvalidTransfer(f"no region starts at {address:#x}; nothing to unregister")
+            self._rebuild()
+            return region
+
+    def _rebuild(self) -> None:
+        self._bounds = Bounds((r.address, r.length) for r in self._regions.values())
+
+    def check(self, addresses: Uint64s, lengths: Uint64s, whose: str = "this engine") -> None:
+        """Raise `OutOfBounds` unless each run lies inside one region."""
+        self._bounds.check(addresses, lengths, whose)
+
+    def records(self) -> tuple[RegionRecord, ...]:
+        """What peers may know."""
+        with self._lock:
+            return tuple(
+                RegionRecord(r.address, r.length, r.location) for r in self._regions.values()
+            )

@@ -1,0 +1,1 @@
+"""Metadata stores: etcd, p2p (no server), memory (one process)."""

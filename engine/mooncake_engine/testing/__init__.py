@@ -1,0 +1,1 @@
+"""Conformance checks, faults and a fake clock for transports: ours and yours."""

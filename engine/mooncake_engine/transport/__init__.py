@@ -1,0 +1,1 @@
+"""Transports; see base.py for the contract and registry.py for the list."""

@@ -1,0 +1,126 @@
+"""The contract between the engine and a transport, in prose and in two small classes.
+
+A **transport** lives once per engine. It serves this engine's registered memory to peers
+(`endpoint()` is what they need to know) and opens links to peers (`connect`).
+
+A **link** reaches one peer. It says how many **lanes** it can use; a lane moves one slice at a
+time and belongs to one worker thread (`mooncake_engine.worker`), which calls `move` and nothing
+else. So a transport with blocking calls (sockets, process_vm_readv) writes no thread for the
+initiating side at all.
+
+What every transport must keep, checked by `mooncake_engine.testing.conformance`:
+
+* `move` returns only when every byte of the slice is in place (write: and acknowledged by the
+  target), else raises `LaneError` with the status that the batch shall end with.
+* After `move` returned or raised, and after `interrupt` made it raise, nothing of this lane
+  touches the slice's local memory any more. This is what lets a caller free its pages.
+* `interrupt` may come from any thread at any time, also when no `move` runs; it makes a blocked
+  `move` raise within 100 ms. The lane is then spent: the worker closes it and opens another.
+* A dead or restarted peer ends `move` with PEER_GONE; the target's refusal (outside its regions,
+  grant ended) with REFUSED.
+* The target checks each run against its own registered regions and the grant against its
+  `GrantTable`, where the target has a say (tcp); where the kernel or the NIC decides (shm, rdma)
+  it is the initiator's check and theirs.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+
+from mooncake_engine.types import Op
+
+if TYPE_CHECKING:
+    from mooncake_engine.config import EngineConfig
+    from mooncake_engine.grants import GrantTable
+    from mooncake_engine.memory import RegionTable
+    from mooncake_engine.types import SegmentRecord, Slice
+
+
+class Capabilities(msgspec.Struct, frozen=True):
+    """What a transport can do; the engine chooses by this and by locality."""
+
+    ops: frozenset[Op] = frozenset({Op.READ, Op.WRITE})
+    same_machine_only: bool = False
+    device_memory: bool = False  # can it read and write memory of location "cuda:N"?
+
+
+class Lane(abc.ABC):
+    """Moves one slice at a time. One worker thread calls `move`; any thread may `interrupt`."""
+
+    @abc.abstractmethod
+    def move(self, piece: Slice, deadline: float) -> None:
+        """Move the slice; block until done.
+
+        Args:
+            piece: What to move.
+            deadline: `time.monotonic()` second after which to give up with TIMED_OUT.
+
+        Raises:
+            LaneError: With the status that the batch shall end with.
+        """
+
+    @abc.abstractmethod
+    def interrupt(self) -> None:
+        """Make a blocked `move` raise soon, from any thread; idempotent."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give back what the lane holds; never called while `move` runs; idempotent."""
+
+
+class Link(abc.ABC):
+    """One peer over one transport."""
+
+    #: How many lanes the worker may open at once; one for transports that share no wire.
+    lanes: int = 1
+    #: Largest slice a lane should be handed, in bytes.
+    slice_bytes: int = 8 << 20
+
+    @abc.abstractmethod
+    def open_lane(self) -> Lane:
+        """Open one more lane; may block up to the connect time-out.
+
+        Raises:
+            LaneError: PEER_GONE when the peer cannot be reached.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close what the link holds apart from its lanes; idempotent."""
+
+
+class Transport(abc.ABC):
+    """One way to move bytes between engines. A new one is a new file and a registry line."""
+
+    scheme: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(
+        self, config: EngineConfig, regions: RegionTable, grants: GrantTable, incarnation: str
+    ) -> None:
+        """Start serving. Raises `PathUnavailable` when this machine cannot run the transport."""
+        self.config = config
+        self.regions = regions
+        self.grants = grants
+        self.incarnation = incarnation
+
+    @abc.abstractmethod
+    def endpoint(self) -> msgspec.Raw:
+        """What peers need to reach us, as msgpack; goes into the segment record."""
+
+    @abc.abstractmethod
+    def connect(self, peer: SegmentRecord) -> Link:
+        """Prove that the peer is reachable and return a link to it.
+
+        Blocks up to `config.connect_timeout_s`.
+
+        Raises:
+            PathUnavailable: With the reason (not published, other machine, refused, dead).
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stop serving; afterwards no thread of ours touches registered memory. Idempotent."""

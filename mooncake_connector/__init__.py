@@ -1,0 +1,1 @@
+"""KV caches to transfers: the prefill/decode connector for vLLM and SGLang."""
