@@ -1,6 +1,7 @@
 """The engine's settings: frozen, checked, with every default in one place.
 
-`from_environment` is the only code of the engine that reads environment variables.
+Decoding checks types and ranges. The engine reads no file and no environment variable; its user
+does (the connector: `mooncake_connector.config`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class MetadataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     client_cert: str = ""
     client_key: str = ""
     lease_ttl_s: Annotated[int, msgspec.Meta(ge=2, le=3600)] = 10
-    timeout_s: Seconds = 3.0
+    timeout_s: Seconds = 3.0  # bounds each call to the server or to a p2p peer
+    p2p_min_port: Port = 15000  # p2p answers on the first free port of the range; 0 in both: any
+    p2p_max_port: Port = 17000
 
 
 class TcpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
