@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from mooncake_engine.errors import InvalidTransfer, OutOfBounds
 from mooncake_engine.types import Region, RegionRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from mooncake_engine.types import Uint64s
 
@@ -48,13 +49,29 @@ class Bounds:
             )
 
 
+class _Use:
+    """A peer's slice that touches our memory right now."""
+
+    __slots__ = ("addresses", "interrupt", "lengths")
+
+    def __init__(self, addresses: Uint64s, lengths: Uint64s, interrupt: Callable[[], None]) -> None:
+        self.addresses = addresses
+        self.lengths = lengths
+        self.interrupt = interrupt
+
+    def touches(self, region: Region) -> bool:
+        start, end = np.uint64(region.address), np.uint64(region.address + region.length)
+        return bool(((self.addresses < end) & (self.addresses + self.lengths > start)).any())
+
+
 class RegionTable:
     """Regions of this process. Safe to call from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _regions and the swap of _bounds
+        self._lock = threading.Condition()  # guards _regions, _uses and the swap of _bounds
         self._regions: dict[int, Region] = {}
         self._bounds = Bounds()
+        self._uses: set[_Use] = set()
 
     def add(self, region: Region) -> None:
         """Register; raises `InvalidTransfer` when it overlaps another region."""
@@ -77,13 +94,41 @@ class RegionTable:
             self._rebuild()
 
     def remove(self, address: int) -> Region:
-        """Unregister the region that starts at `address`; `InvalidTransfer` when there is none."""
+        """Unregister the region that starts at `address`; `InvalidTransfer` when there is none.
+
+        Peers' slices that touch it are interrupted first and have left when this returns, so the
+        memory may be freed. Blocks for the time that one interrupted system call takes.
+        """
         with self._lock:
             region = self._regions.pop(address, None)
             if region is None:
                 raise InvalidTransfer(f"no region starts at {address:#x}; nothing to unregister")
             self._rebuild()
+            ending = {use for use in self._uses if use.touches(region)}
+            for use in ending:
+                use.interrupt()
+            self._lock.wait_for(lambda: not ending & self._uses)
             return region
+
+    @contextlib.contextmanager
+    def serving(
+        self, addresses: Uint64s, lengths: Uint64s, interrupt: Callable[[], None]
+    ) -> Iterator[None]:
+        """Touch these runs for a peer; `interrupt` is called when a region is removed meanwhile.
+
+        Raises:
+            OutOfBounds: Unless each run lies inside one region.
+        """
+        use = _Use(addresses, lengths, interrupt)
+        with self._lock:
+            self._bounds.check(addresses, lengths, "this engine")
+            self._uses.add(use)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._uses.remove(use)
+                self._lock.notify_all()
 
     def _rebuild(self) -> None:
         self._bounds = Bounds((r.address, r.length) for r in self._regions.values())

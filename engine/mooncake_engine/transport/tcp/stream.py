@@ -1,0 +1,133 @@
+"""One blocking socket that moves iovecs whole: partial counts, time-outs and the end of stream."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mooncake_engine.iovec import IOVEC, Message, address_of, advance
+from mooncake_engine.transport.tcp import sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from mooncake_engine.iovec import Iovecs
+    from mooncake_engine.types import Uint64s
+
+TICK_S = 1.0  # the socket's own time-out while a far deadline runs: one setsockopt, not one a call
+
+_RECEIVE = socket.SO_RCVTIMEO
+_SEND = socket.SO_SNDTIMEO
+
+
+class DeadlinePassed(Exception):
+    """The caller's deadline passed before all bytes moved."""
+
+
+def buffer_of(data: bytes) -> NDArray[np.uint8]:
+    """`data` as an array, so that it has an address. It must outlive every use of that."""
+    return np.frombuffer(data, np.uint8)
+
+
+def whole(array: NDArray[Any]) -> Iovecs:
+    """The one iovec of a contiguous array; none for an empty one, which would look like the end."""
+    return np.array([(address_of(array), array.nbytes)][: array.nbytes], IOVEC)
+
+
+def framed(head: NDArray[np.uint8], addresses: Uint64s, lengths: Uint64s) -> Iovecs:
+    """A frame's head and the runs behind it, for one system call."""
+    runs = np.empty(addresses.size + 1, IOVEC)
+    runs["base"][0] = address_of(head)
+    runs["len"][0] = head.nbytes
+    runs["base"][1:] = addresses
+    runs["len"][1:] = lengths
+    return runs
+
+
+class Stream:
+    """Owns a connected socket. One thread moves bytes; any thread may `shutdown`."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._fd = sock.fileno()
+        self._message = Message()
+        self._timeouts: dict[int, float] = {}
+        # Between close and shutdown: else the shutdown might meet a new file of the same number.
+        self._open = threading.Lock()
+
+    def set_timeouts(self, seconds: float) -> None:
+        """How long a call without deadline may wait without a byte moving."""
+        for option in (_RECEIVE, _SEND):
+            self._set_timeout(option, seconds)
+
+    def receive_some(self, runs: Iovecs) -> int:
+        """Receive until `runs` are full or the socket's time-out passed; 0 at the end of stream.
+
+        Raises:
+            BlockingIOError: When the time-out passed without a byte.
+            OSError: As the kernel says it.
+        """
+        return self._message.receive(self._fd, runs, socket.MSG_WAITALL)
+
+    def receive(self, runs: Iovecs, deadline: float | None = None) -> None:
+        """Fill `runs`, which are used up by it.
+
+        Raises:
+            EOFError: When the peer closed first, or `shutdown` was called.
+            DeadlinePassed: When `deadline` (`time.monotonic()`) passed.
+            BlockingIOError: Without deadline: when the time-out passed without a byte.
+            OSError: As the kernel says it.
+        """
+        self._move(self.receive_some, runs, _RECEIVE, deadline)
+
+    def send(self, runs: Iovecs, deadline: float | None = None) -> None:
+        """Hand all bytes of `runs`, which are used up by it, to the kernel. Raises as `receive`."""
+        self._move(self._send_some, runs, _SEND, deadline)
+
+    def shutdown(self) -> None:
+        """End both directions: a blocked call returns at once. Any thread; idempotent."""
+        with self._open, contextlib.suppress(OSError):  # closed, or the peer was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket; never while a call runs. Idempotent."""
+        with self._open:
+            self._socket.close()
+            self._fd = -1  # a late call meets EBADF, not a new file of the same number
+
+    def _send_some(self, runs: Iovecs) -> int:
+        return self._message.send(self._fd, runs, socket.MSG_NOSIGNAL)
+
+    def _move(
+        self, some: Callable[[Iovecs], int], runs: Iovecs, option: int, deadline: float | None
+    ) -> None:
+        while runs.size:
+            if deadline is not None:
+                self._arm(option, deadline)
+            try:
+                count = some(runs)
+            except BlockingIOError:
+                if deadline is None:
+                    raise
+                continue  # a tick; _arm looks at the clock
+            if not count:
+                raise EOFError
+            runs = advance(runs, count)
+
+    def _arm(self, option: int, deadline: float) -> None:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise DeadlinePassed
+        self._set_timeout(option, min(remaining, TICK_S))
+
+    def _set_timeout(self, option: int, seconds: float) -> None:
+        if self._timeouts.get(option) != seconds:
+            sockets.set_timeout(self._socket, option, seconds)
+            self._timeouts[option] = seconds
