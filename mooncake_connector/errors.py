@@ -1,9 +1,9 @@
 """Errors of the connector; those of the engine are in `mooncake_engine.errors`.
 
-    ConnectorError
-    ├── WireError            a peer sent what is not a message of ours; its connection is closed
-    ├── PeerUnreachable      a peer's control endpoint cannot be reached or refused us
-    └── UnsupportedCache     a KV cache that the connector cannot move; said at start-up
+ConnectorError
+├── WireError            a peer sent what is not a message of ours; its connection is closed
+├── PeerUnreachable      a peer's control endpoint cannot be reached or refused us
+└── UnsupportedCache     a KV cache that the connector cannot move; said at start-up
 """
 
 from __future__ import annotations

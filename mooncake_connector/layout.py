@@ -96,10 +96,10 @@ class PieceTable:
     __slots__ = ("base", "nbytes", "pages", "stride")
 
     def __init__(self, layers: Sequence[LayerLayout]) -> None:
-        self.base = _uint64(l.address + o for l in layers for o in l.piece_offsets)
-        self.stride = _uint64(l.page_stride for l in layers for _ in l.piece_offsets)
-        self.nbytes = _uint64(l.piece_bytes for l in layers for _ in l.piece_offsets)
-        self.pages = min((l.pages for l in layers), default=0)
+        self.base = _uint64(layer.address + o for layer in layers for o in layer.piece_offsets)
+        self.stride = _uint64(layer.page_stride for layer in layers for _ in layer.piece_offsets)
+        self.nbytes = _uint64(layer.piece_bytes for layer in layers for _ in layer.piece_offsets)
+        self.pages = min((layer.pages for layer in layers), default=0)
 
     def addresses(self, pages: Uint64s) -> Uint64s:
         """Start of every piece: shape (pieces, pages)."""
@@ -136,7 +136,9 @@ def layer_layout(
     if per_page > 1:
         axes.append((per_page, strides[0]))
     if any(s <= 0 for _, s in axes):
-        raise ValueError(f"strides {tuple(strides)} of shape {tuple(shape)} are not those of a cache")
+        raise ValueError(
+            f"strides {tuple(strides)} of shape {tuple(shape)} are not those of a cache"
+        )
     axes.sort(key=lambda axis: axis[1])
     run = 1  # elements that are dense from the innermost axis outwards
     while axes and axes[0][1] == run:

@@ -12,8 +12,9 @@ import msgspec
 import numpy as np
 
 if TYPE_CHECKING:
-    from mooncake_connector.layout import CacheSpec, PieceTable
     from mooncake_engine.types import Uint64s
+
+    from mooncake_connector.layout import CacheSpec, PieceTable
 
 
 class PageRun(NamedTuple):

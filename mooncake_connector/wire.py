@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+from mooncake_engine.types import SegmentRecord
 
 from mooncake_connector.errors import WireError
 from mooncake_connector.layout import CacheLayout, CacheSpec
 from mooncake_connector.plan import PageRun
-from mooncake_engine.types import SegmentRecord
 
 #: Goes up with every change that an older peer would misread.
 VERSION = 1

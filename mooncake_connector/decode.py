@@ -1,0 +1,363 @@
+"""Decode's side of a node: fetches that subscribe, read, confirm and report.
+
+Everything here runs on the node's loop but the thread-safe entry points in `node.py`, which post
+to it, and `take_results`. Own reads go through the engine; their completions are posted back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from mooncake_engine import EngineError
+
+from mooncake_connector import plan, wire
+from mooncake_connector.session import FETCH_TABLE, FetchAction, FetchEvent, FetchState, step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mooncake_engine import Batch, Completion, TransferEngine
+
+    from mooncake_connector.config import ConnectorConfig
+    from mooncake_connector.layout import PieceTable
+    from mooncake_connector.peers import Peer, PeerRef, Peers
+    from mooncake_connector.plan import PageRun
+    from mooncake_connector.stats import Stats
+
+log = logging.getLogger(__name__)
+
+
+class FetchRequest(NamedTuple):
+    """What the framework wants read.
+
+    Attributes:
+        request_id: The framework's name; reported back once.
+        transfer_id: Prefill's name.
+        peer: Where prefill's node of our rank is.
+        wanted: Own pages to fill, one run per group.
+        first_page: Position of the first page that is not here already.
+        tokens: Length of the prompt.
+        prompt_key: See `prompt_key.py`.
+    """
+
+    request_id: str
+    transfer_id: str
+    peer: PeerRef
+    wanted: tuple[PageRun, ...]
+    first_page: int
+    tokens: int
+    prompt_key: str
+
+
+class Results(NamedTuple):
+    """Requests that ended since the last look; `failed` is a subset of `received`."""
+
+    received: set[str]
+    failed: set[str]
+
+
+class _Fetch:
+    """One request on its way."""
+
+    def __init__(self, request: FetchRequest, reader: str, deadline: float) -> None:
+        self.request = request
+        self.reader = reader
+        self.deadline = deadline
+        self.state = FetchState.WAITING
+        self.peer: Peer | None = None
+        self.attempt = 0
+        self.grant = b""
+        self.unread: list[list[PageRun]] = []  # offered and not read, per group
+        self.arrived = 0  # own pages whose bytes are here
+        self.last = False
+        self.batch: Batch | None = None
+        self.error = ""
+        self.kind = ""  # the error as a metric's label
+
+
+class DecodeSide:
+    """All requests that this rank fetches."""
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        engine: TransferEngine,
+        tables: list[PieceTable],
+        peers: Peers,
+        stats: Stats,
+        post: Callable[..., None],
+        now: Callable[[], float],
+        identity: str,
+    ) -> None:
+        """`post(fn, *args)` runs fn on the loop, from any thread; `identity` names this rank."""
+        self._config = config
+        self._engine = engine
+        self._tables = tables
+        self._peers = peers
+        self._stats = stats
+        self._post = post
+        self._now = now
+        self._identity = identity
+        self._fetches: dict[str, _Fetch] = {}  # by request id
+        self._by_transfer: dict[str, _Fetch] = {}
+        self._lock = threading.Lock()  # guards _results
+        self._results = Results(set(), set())
+
+    # ---- any thread
+
+    def take_results(self) -> Results:
+        """Requests that ended since the last call, each named once."""
+        if not self._results.received:  # an idle engine asks several hundred times a second
+            return _NOTHING
+        with self._lock:
+            results, self._results = self._results, Results(set(), set())
+            return results
+
+    # ---- the node's loop
+
+    def claim(self, transfer_id: str, peer: PeerRef) -> None:
+        """Keep a hold alive for a request that still queues here."""
+        self._peers.get(peer).send(wire.Claim(transfer_id=transfer_id))
+
+    def decline(self, transfer_id: str, request_id: str, peer: PeerRef) -> None:
+        """Nothing of this transfer is needed (any more): prefill may free."""
+        self._peers.get(peer).send(
+            wire.Release(
+                transfer_id=transfer_id, attempt=0, reader=self._reader(request_id), ok=False
+            )
+        )
+
+    def fetch(self, request: FetchRequest) -> None:
+        """Begin; the request is reported exactly once, whatever happens."""
+        fetch = _Fetch(
+            request,
+            self._reader(request.request_id),
+            self._now() + self._config.request_timeout_s,
+        )
+        self._fetches[request.request_id] = fetch
+        self._by_transfer[request.transfer_id] = fetch
+        self._subscribe(fetch)
+
+    def cancel(self, request_id: str) -> None:
+        """The framework no longer wants it; it is still reported once, after own reads ended."""
+        fetch = self._fetches.get(request_id)
+        if fetch is not None:
+            self._apply(fetch, FetchEvent.ABORT)
+
+    def on_message(self, peer: Peer, message: wire.AnyMessage) -> None:
+        """A prefill node said something."""
+        match message:
+            case wire.Ready() | wire.Gone() | wire.Released():
+                fetch = self._by_transfer.get(message.transfer_id)
+                if fetch is not None and fetch.peer is peer:
+                    self._dispatch(fetch, message)
+            case wire.Ping():
+                pass
+            case _:
+                raise wire.WireError(f"an unexpected {type(message).__name__}")
+
+    def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        """The connection to a prefill node ended, or never came about."""
+        for fetch in [f for f in self._fetches.values() if f.peer is peer]:
+            self._fail(fetch, FetchEvent.PEER_LOST, "prefill_gone", f"prefill {reason}")
+
+    def sweep(self) -> None:
+        """End what is over; called several times a second."""
+        now = self._now()
+        for fetch in [f for f in self._fetches.values() if f.deadline <= now]:
+            limit = self._config.request_timeout_s
+            if fetch.state is FetchState.CONFIRMING:
+                limit = self._config.peer_dead_after_s
+            doing = fetch.state.name.lower()
+            self._fail(fetch, FetchEvent.TIMEOUT, "timeout", f"still {doing} after {limit:g} s")
+            fetch.deadline = float("inf")  # what is left is bounded by the engine's time-out
+
+    def close(self) -> None:
+        """Cancel every own read; nothing is reported any more."""
+        for fetch in list(self._fetches.values()):
+            if fetch.batch is not None:
+                fetch.batch.cancel()
+
+    # ---- inside
+
+    def _reader(self, request_id: str) -> str:
+        return f"{self._identity}/{request_id}"
+
+    def _subscribe(self, fetch: _Fetch) -> None:
+        fetch.attempt, fetch.grant, fetch.arrived, fetch.last = 0, b"", 0, False
+        fetch.unread = [[] for _ in self._tables]
+        request = fetch.request
+        peer = fetch.peer = self._peers.get(request.peer)
+        peer.send(
+            wire.Subscribe(
+                transfer_id=request.transfer_id,
+                reader=fetch.reader,
+                readers=1,
+                first_page=request.first_page,
+                tokens=request.tokens,
+                prompt_key=request.prompt_key,
+                remaining_s=max(0.0, fetch.deadline - self._now()),
+            )
+        )
+
+    def _dispatch(self, fetch: _Fetch, message: wire.Ready | wire.Gone | wire.Released) -> None:
+        match message:
+            case wire.Ready():
+                if fetch.attempt not in (0, message.attempt) or fetch.last:
+                    return  # of an attempt that is over
+                if len(message.pages) != len(self._tables):
+                    raise wire.WireError(
+                        f"pages of {len(message.pages)} groups, this cache has {len(self._tables)}"
+                    )
+                fetch.attempt, fetch.grant = message.attempt, message.grant
+                for known, pages in zip(fetch.unread, message.pages, strict=True):
+                    known.append(wire.unpack_pages(pages))
+                fetch.last = message.last
+                unread = any(len(run.ids) for runs in fetch.unread for run in runs)
+                if unread:
+                    self._apply(fetch, FetchEvent.PAGES)
+                elif fetch.last:
+                    self._nothing_left(fetch)
+            case wire.Gone():
+                if message.attempt not in (0, fetch.attempt) and fetch.attempt:
+                    return
+                event = FetchEvent.GONE_RETRY if message.retry else FetchEvent.GONE
+                self._fail(fetch, event, "gone", f"prefill gave it up: {message.reason}")
+            case wire.Released():
+                if message.attempt != fetch.attempt or message.reader != fetch.reader:
+                    return
+                if message.held:
+                    self._apply(fetch, FetchEvent.HELD)
+                else:
+                    self._fail(
+                        fetch,
+                        FetchEvent.EXPIRED,
+                        "expired",
+                        "prefill's pages were given away while they were read; the bytes are "
+                        "thrown away",
+                    )
+
+    def _nothing_left(self, fetch: _Fetch) -> None:
+        """All that was offered is read: is it all that was wanted?"""
+        missing = sum(len(run.ids) for run in fetch.request.wanted) - fetch.arrived
+        if missing > 0:
+            self._fail(
+                fetch, FetchEvent.GONE, "short", f"prefill offered {missing} pages less than needed"
+            )
+        else:
+            self._apply(fetch, FetchEvent.NOTHING_LEFT)
+
+    def _fail(self, fetch: _Fetch, event: FetchEvent, kind: str, error: str) -> None:
+        if not fetch.error:
+            fetch.kind, fetch.error = kind, error
+        self._apply(fetch, event)
+
+    def _apply(self, fetch: _Fetch, event: FetchEvent) -> None:
+        fetch.state, actions = step(FETCH_TABLE, fetch.state, event)
+        for action in actions:
+            match action:
+                case FetchAction.READ:
+                    self._read(fetch)
+                case FetchAction.CANCEL_READ:
+                    if fetch.batch is not None:
+                        fetch.batch.cancel()
+                case FetchAction.SUBSCRIBE_ANEW:
+                    log.info("fetch %s starts over: %s", fetch.request.request_id, fetch.error)
+                    fetch.kind = fetch.error = ""
+                    self._subscribe(fetch)
+                case FetchAction.RELEASE:
+                    fetch.deadline = min(
+                        fetch.deadline, self._now() + self._config.peer_dead_after_s
+                    )
+                    self._release(fetch, ok=True)
+                case FetchAction.RELEASE_UNREAD:
+                    self._release(fetch, ok=False)
+                case FetchAction.REPORT_RECEIVED:
+                    self._report(fetch, failed=False)
+                case FetchAction.REPORT_FAILED:
+                    self._report(fetch, failed=True)
+
+    def _release(self, fetch: _Fetch, *, ok: bool) -> None:
+        assert fetch.peer is not None
+        fetch.peer.send(
+            wire.Release(
+                transfer_id=fetch.request.transfer_id,
+                attempt=fetch.attempt,
+                reader=fetch.reader,
+                ok=ok,
+            )
+        )
+
+    def _read(self, fetch: _Fetch) -> None:
+        """Submit one batch for all that is offered and not read."""
+        assert fetch.peer is not None
+        parts = []
+        try:
+            for group, table in enumerate(self._tables):
+                for offered in fetch.unread[group]:
+                    own, theirs = plan.overlap(fetch.request.wanted[group], offered)
+                    fetch.arrived += len(own)
+                    parts.append(plan.transfers(table, fetch.peer.tables[group], own, theirs))
+            fetch.unread = [[] for _ in self._tables]
+            moves = plan.join(parts)
+            fetch.batch = self._engine.submit(
+                "read",
+                fetch.peer.segment,
+                moves.local,
+                moves.remote,
+                moves.lengths,
+                grant=fetch.grant,
+                timeout=max(0.001, fetch.deadline - self._now()),
+            )
+        except (EngineError, ValueError) as exc:
+            fetch.batch = None
+            # Posted: the table must reach READING before its read fails.
+            self._post(self._fail, fetch, FetchEvent.READ_FAILED, "read", f"cannot read: {exc}")
+            return
+        fetch.batch.add_done_callback(lambda done: self._post(self._on_batch, fetch, done))
+
+    def _on_batch(self, fetch: _Fetch, done: Completion) -> None:
+        fetch.batch = None
+        if not done.ok:
+            self._fail(
+                fetch,
+                FetchEvent.READ_FAILED,
+                "read",
+                f"reading by {done.path.scheme}: {done.error}",
+            )
+            return
+        self._stats.batch(done)
+        if any(fetch.unread):
+            self._apply(fetch, FetchEvent.READ_MORE)
+        elif not fetch.last:
+            self._apply(fetch, FetchEvent.READ_WAIT)
+        elif fetch.arrived < sum(len(run.ids) for run in fetch.request.wanted):
+            self._fail(fetch, FetchEvent.READ_FAILED, "short", "prefill offered too few pages")
+        else:
+            self._apply(fetch, FetchEvent.READ_ALL)
+
+    def _report(self, fetch: _Fetch, *, failed: bool) -> None:
+        request = fetch.request
+        del self._fetches[request.request_id]
+        if self._by_transfer.get(request.transfer_id) is fetch:
+            del self._by_transfer[request.transfer_id]
+        if failed:
+            self._stats.failure(fetch.kind)
+            log.warning(
+                "KV of request %s (transfer %s from %s) was not received: %s",
+                request.request_id,
+                request.transfer_id,
+                request.peer,
+                fetch.error,
+            )
+        else:
+            self._stats.received()
+        with self._lock:
+            self._results.received.add(request.request_id)
+            if failed:
+                self._results.failed.add(request.request_id)
+
+
+_NOTHING = Results(set(), set())

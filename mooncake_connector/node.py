@@ -1,0 +1,263 @@
+"""One worker rank: the engine, the control endpoint and both sides' sessions, on one thread.
+
+The framework's thread calls `prefill.*` directly (they take a lock for microseconds) and
+`fetch`, `claim`, `cancel`, `decline`, which only post to the node's loop. Heartbeats come from the
+loop's thread, never from engine steps, which stall for a minute under load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from mooncake_connector import wire
+from mooncake_connector.control import Channel, join_address
+from mooncake_connector.decode import DecodeSide
+from mooncake_connector.errors import ConnectorError, PeerUnreachable
+from mooncake_connector.layout import PieceTable
+from mooncake_connector.peers import Peers, refuse_unless_compatible
+from mooncake_connector.prefill import PrefillSide
+from mooncake_connector.stats import Stats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mooncake_engine import TransferEngine
+
+    from mooncake_connector.config import ConnectorConfig
+    from mooncake_connector.decode import FetchRequest, Results
+    from mooncake_connector.layout import CacheLayout, CacheSpec
+    from mooncake_connector.peers import PeerRef
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 0.25  # how late a deadline may be noticed
+_CLOSE_S = 5.0
+
+
+class Node:
+    """Prefill, decode, or both, for one rank. Close it before the engine.
+
+    Args:
+        config: The connector's settings.
+        engine: Has the cache's memory registered; the caller closes it.
+        engine_id: The framework's name of the server that this rank belongs to.
+        spec: What the cache holds.
+        layout: Where its bytes lie.
+
+    Raises:
+        ConnectorError: The control endpoint cannot be bound.
+    """
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        engine: TransferEngine,
+        *,
+        engine_id: str,
+        spec: CacheSpec,
+        layout: CacheLayout,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.incarnation = secrets.token_hex(8)
+        self.engine_id = engine_id
+        self.rank = spec.tp_rank
+        self.stats = Stats()
+        self._config = config
+        self._engine = engine
+        self._spec = spec
+        self._layout = layout
+        self._channels: set[Channel] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self.prefill = PrefillSide(config, engine, self.stats, self._send, now)
+        hello = wire.Hello(
+            version=wire.VERSION,
+            engine_id=engine_id,
+            rank=spec.tp_rank,
+            incarnation=self.incarnation,
+            expects="",
+            spec=spec,
+            heartbeat_s=config.heartbeat_interval_s,
+        )
+        self._peers = Peers(
+            config,
+            engine,
+            hello,
+            on_message=lambda peer, message: self._decode.on_message(peer, message),
+            on_lost=lambda peer, reason: self._decode.on_peer_lost(peer, reason),
+        )
+        self._decode = DecodeSide(
+            config,
+            engine,
+            [PieceTable(layers) for layers in layout.groups],
+            self._peers,
+            self.stats,
+            self._post,
+            now,
+            f"{engine_id}:{spec.tp_rank}:{self.incarnation}",
+        )
+        self._thread = threading.Thread(
+            target=self._run, name=f"mooncake-node-{spec.tp_rank}", daemon=True
+        )
+        self._thread.start()
+        try:
+            self.address = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        except OSError as exc:
+            self.close()
+            raise ConnectorError(
+                f"cannot bind the control endpoint to {self._host()!r}, port "
+                f"{config.control_port}: {exc.strerror or exc}; set engine.host and control_port "
+                "to an address of this machine and a free port (0: any)"
+            ) from exc
+
+    # ---- decode's entry points, any thread
+
+    def claim(self, transfer_id: str, peer: PeerRef) -> None:
+        """Keep prefill's hold alive while the request queues here."""
+        self._post(self._decode.claim, transfer_id, peer)
+
+    def decline(self, transfer_id: str, request_id: str, peer: PeerRef) -> None:
+        """Tell prefill that this request needs none of its pages."""
+        self._post(self._decode.decline, transfer_id, request_id, peer)
+
+    def fetch(self, request: FetchRequest) -> None:
+        """Read a request's pages; `take_results` names it once."""
+        self._post(self._decode.fetch, request)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop reading for a request; `take_results` still names it once."""
+        self._post(self._decode.cancel, request_id)
+
+    def take_results(self) -> Results:
+        """Requests whose fetch ended since the last call."""
+        return self._decode.take_results()
+
+    def close(self) -> None:
+        """End all transfers and the thread: pages are no longer touched. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(_CLOSE_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSE_S)
+
+    # ---- the loop
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+    def _post(self, work: Callable[..., None], *args: object) -> None:
+        if not self._closed:
+            self._loop.call_soon_threadsafe(work, *args)
+
+    def _send(self, channel: Channel, message: wire.Message) -> None:
+        self._post(channel.send, message)
+
+    def _host(self) -> str:
+        return self._config.engine.host or "127.0.0.1"
+
+    async def _start(self) -> str:
+        self._server = await asyncio.start_server(
+            self._serve, self._host(), self._config.control_port
+        )
+        self._spawn(self._sweep())
+        return join_address(self._host(), self._server.sockets[0].getsockname()[1])
+
+    def _spawn(self, work: object) -> None:
+        task = self._loop.create_task(work)  # type: ignore[arg-type]  # a coroutine
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _stop(self) -> None:
+        if hasattr(self, "_server"):
+            self._server.close()
+        self._decode.close()
+        await self._peers.close()
+        for channel in list(self._channels):
+            channel.close("this node shuts down")
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self.prefill.sweep()
+            self._decode.sweep()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One decode node's connection."""
+        channel = Channel(
+            reader,
+            writer,
+            heartbeat_s=self._config.heartbeat_interval_s,
+            dead_after_s=self._config.peer_dead_after_s,
+            max_message_bytes=self._config.max_message_bytes,
+        )
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._channels.add(channel)
+        reason = "this node shuts down"
+        try:
+            if await self._welcome(channel):
+                reason = await channel.run(lambda m: self.prefill.on_message(channel, m))
+                log.info("decode node %s left: %s", channel.peer, reason)
+        finally:
+            channel.close(reason)
+            self._channels.discard(channel)
+            self._tasks.discard(task)
+            self.prefill.on_closed(channel)
+
+    async def _welcome(self, channel: Channel) -> bool:
+        """Answer Hello; False when the caller is not one of ours or cannot be served."""
+        try:
+            hello = await asyncio.wait_for(channel.receive(), self._config.engine.connect_timeout_s)
+            if not isinstance(hello, wire.Hello):
+                raise PeerUnreachable(f"it began with {type(hello).__name__} instead of Hello")
+            self._check(hello)
+        except (ConnectorError, OSError, EOFError, TimeoutError) as exc:
+            reason = str(exc) or type(exc).__name__
+            log.warning("refused a connection from %s: %s", channel.peer, reason)
+            channel.send(wire.Refused(reason=reason))
+            await channel.flush()
+            return False
+        channel.send(
+            wire.Welcome(
+                version=wire.VERSION,
+                engine_id=self.engine_id,
+                rank=self.rank,
+                incarnation=self.incarnation,
+                spec=self._spec,
+                layout=self._layout,
+                segment=self._engine.record(),
+                heartbeat_s=self._config.heartbeat_interval_s,
+            )
+        )
+        return True
+
+    def _check(self, hello: wire.Hello) -> None:
+        if hello.version != wire.VERSION:
+            raise PeerUnreachable(
+                f"it speaks wire version {hello.version}, this node {wire.VERSION}; install the "
+                "same mooncake-connector on both"
+            )
+        if hello.expects not in ("", self.incarnation):
+            raise PeerUnreachable(
+                f"it expects incarnation {hello.expects}, this node restarted as "
+                f"{self.incarnation}; the KV that it came for is gone"
+            )
+        refuse_unless_compatible(self._spec, hello.spec)

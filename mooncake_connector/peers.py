@@ -1,0 +1,219 @@
+"""Decode's connections to prefill nodes: one per node, made when first needed, shared by requests.
+
+Lives on the node's loop. A connection that ends, or never comes about, is told once with its
+reason and thrown away; the next request tries anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import aiohttp
+import msgspec
+from mooncake_engine import EngineError
+
+from mooncake_connector import wire
+from mooncake_connector.control import Channel, split_address
+from mooncake_connector.errors import PeerUnreachable, WireError
+from mooncake_connector.layout import PieceTable
+from mooncake_connector.plan import differences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mooncake_engine import Segment, TransferEngine
+
+    from mooncake_connector.config import ConnectorConfig
+    from mooncake_connector.layout import CacheSpec
+
+log = logging.getLogger(__name__)
+
+
+class PeerRef(msgspec.Struct, frozen=True):
+    """How a request names the prefill node of our rank.
+
+    Attributes:
+        address: Its control endpoint "host:port", or "" when only the bootstrap server is known.
+        incarnation: Of its process, "" when unknown; another one there is refused.
+        bootstrap: URL of a bootstrap server that knows the address, else "".
+        engine_id: What to ask the bootstrap server for.
+        rank: Ditto.
+        protocol: Forces one transport instead of the configured choice; "" but in tests.
+    """
+
+    address: str
+    incarnation: str = ""
+    bootstrap: str = ""
+    engine_id: str = ""
+    rank: int = 0
+    protocol: str = ""
+
+    def __str__(self) -> str:
+        """For messages."""
+        return self.address or f"{self.engine_id}[{self.rank}] by {self.bootstrap}"
+
+
+class Peer:
+    """One prefill node as decode sees it. `segment` and `tables` exist once it is open."""
+
+    def __init__(self, ref: PeerRef) -> None:
+        self.ref = ref
+        self.segment: Segment
+        self.tables: list[PieceTable]
+        self.channel: Channel | None = None
+        self.lost = ""  # why it can no longer be used
+        self._early: list[wire.Message] = []
+
+    def send(self, message: wire.Message) -> None:
+        """Send, or keep until the connection is open; nothing when it is lost."""
+        if self.channel is not None:
+            self.channel.send(message)
+        elif not self.lost:
+            self._early.append(message)
+
+    def opened(self, channel: Channel) -> None:
+        """The connection is there: send what waited for it."""
+        self.channel = channel
+        for message in self._early:
+            channel.send(message)
+        self._early.clear()
+
+
+class Peers:
+    """All prefill nodes that this decode node talks to."""
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        engine: TransferEngine,
+        hello: wire.Hello,
+        *,
+        on_message: Callable[[Peer, wire.AnyMessage], None],
+        on_lost: Callable[[Peer, str], None],
+    ) -> None:
+        """`hello` is sent to every peer; the callbacks run on the loop."""
+        self._config = config
+        self._engine = engine
+        self._hello = hello
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._peers: dict[PeerRef, Peer] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def get(self, ref: PeerRef) -> Peer:
+        """The peer; starts to connect when there is no connection."""
+        peer = self._peers.get(ref)
+        if peer is None:
+            peer = self._peers[ref] = Peer(ref)
+            task = asyncio.get_running_loop().create_task(self._serve(peer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return peer
+
+    async def close(self) -> None:
+        """End all connections."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _serve(self, peer: Peer) -> None:
+        reason = "is shutting down"
+        try:
+            channel = await self._connect(peer)
+            peer.opened(channel)
+            reason = "is gone: " + await channel.run(lambda m: self._on_message(peer, m))
+        except (PeerUnreachable, WireError, EngineError) as exc:
+            reason = str(exc)
+        except (OSError, EOFError, TimeoutError, ValueError) as exc:
+            reason = f"cannot be reached: {exc or type(exc).__name__}"
+        except Exception as exc:  # one bad peer must not end the node's loop
+            log.exception("connection to prefill node %s", peer.ref)
+            reason = f"cannot be used: {exc!r}"
+        finally:
+            if peer.channel is not None:
+                peer.channel.close(reason)
+            peer.lost = reason
+            peer.channel = None
+            if self._peers.get(peer.ref) is peer:
+                del self._peers[peer.ref]
+            self._on_lost(peer, f"{peer.ref} {reason}")
+
+    async def _connect(self, peer: Peer) -> Channel:
+        """Connect, exchange Hello and Welcome, check that a plan exists, open the segment."""
+        timeout = self._config.engine.connect_timeout_s
+        address = peer.ref.address or await self._look_up(peer.ref)
+        host, port = split_address(address)
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout)
+        channel = Channel(
+            reader,
+            writer,
+            heartbeat_s=self._config.heartbeat_interval_s,
+            dead_after_s=self._config.peer_dead_after_s,
+            max_message_bytes=self._config.max_message_bytes,
+        )
+        try:
+            channel.send(msgspec.structs.replace(self._hello, expects=peer.ref.incarnation))
+            welcome = await asyncio.wait_for(channel.receive(), timeout)
+            self._check(welcome)
+            assert isinstance(welcome, wire.Welcome)
+            peer.tables = [PieceTable(layers) for layers in welcome.layout.groups]
+            peer.segment = await asyncio.to_thread(
+                self._engine.open_segment, welcome.segment, protocol=peer.ref.protocol or None
+            )
+        except BaseException:
+            channel.close("the handshake failed")
+            raise
+        log.info(
+            "connected to prefill node %s (%s rank %d), KV by %s: %s",
+            address,
+            welcome.engine_id,
+            welcome.rank,
+            peer.segment.path.scheme,
+            peer.segment.path.reason,
+        )
+        return channel
+
+    def _check(self, answer: wire.AnyMessage) -> None:
+        match answer:
+            case wire.Refused(reason=reason):
+                raise PeerUnreachable(f"refused us: {reason}")
+            case wire.Welcome(spec=spec):
+                refuse_unless_compatible(spec, self._hello.spec)
+            case _:
+                raise WireError(f"answered Hello with {type(answer).__name__}")
+
+    async def _look_up(self, ref: PeerRef) -> str:
+        """Ask the bootstrap server, in the form of vLLM's MooncakeConnector (`GET /query`)."""
+        timeout = aiohttp.ClientTimeout(total=self._config.engine.connect_timeout_s)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout) as session,
+                session.get(f"{ref.bootstrap.rstrip('/')}/query") as response,
+            ):
+                response.raise_for_status()
+                ranks = await response.json()
+            for entry in ranks.values():
+                if ref.engine_id in ("", entry["engine_id"]):
+                    return str(entry["worker_addr"][str(ref.rank)]["0"]).removeprefix("tcp://")
+        except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
+            raise PeerUnreachable(
+                f"bootstrap server {ref.bootstrap} does not answer: {exc or type(exc).__name__}"
+            ) from exc
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise PeerUnreachable(
+                f"bootstrap server {ref.bootstrap} knows no rank {ref.rank} of {ref.engine_id}: "
+                f"missing {exc}"
+            ) from exc
+        raise PeerUnreachable(f"bootstrap server {ref.bootstrap} knows no engine {ref.engine_id}")
+
+
+def refuse_unless_compatible(prefill: CacheSpec, decode: CacheSpec) -> None:
+    """Raise `PeerUnreachable` naming every field that differs."""
+    found = differences(prefill, decode)
+    if found:
+        raise PeerUnreachable(
+            "has a KV cache that ours cannot exchange pages with: " + "; ".join(found)
+        )

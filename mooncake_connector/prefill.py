@@ -1,0 +1,394 @@
+"""Prefill's side of a node: transfers that are offered, held, released and ended.
+
+The framework's thread opens, feeds, holds and ends transfers; the node's loop brings what decode
+nodes say. One lock covers both, because ending a grant and judging a release must not interleave.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mooncake_connector import wire
+from mooncake_connector.plan import PageRun
+from mooncake_connector.session import HOLD_TABLE, HoldAction, HoldEvent, HoldState, step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mooncake_engine import TransferEngine
+
+    from mooncake_connector.config import ConnectorConfig
+    from mooncake_connector.control import Channel
+    from mooncake_connector.stats import Stats
+
+log = logging.getLogger(__name__)
+
+
+class _Reader:
+    """One reading rank of one attempt."""
+
+    def __init__(self, channel: Channel, first_page: int, groups: int) -> None:
+        self.channel = channel
+        self.sent = [first_page] * groups  # position behind the last page told, per group
+        self.told_last = False
+        self.held: bool | None = None  # the verdict, once fixed
+
+
+class _Hold:
+    """One attempt of one transfer."""
+
+    def __init__(
+        self, transfer_id: str, attempt: int, request_id: str, prompt_key: str, deadline: float
+    ) -> None:
+        self.transfer_id = transfer_id
+        self.attempt = attempt
+        self.request_id = request_id
+        self.prompt_key = prompt_key
+        self.deadline = deadline
+        self.state = HoldState.COMPUTING
+        self.grant = secrets.token_bytes(16)
+        self.pages: list[PageRun] = []
+        self.last = False
+        self.readers: dict[str, _Reader] = {}
+        self.expected = 1
+        self.claims: set[Channel] = set()
+        self.reason = ""  # why it ended, told to late comers
+        self.retry = False  # it ended by a preemption: the next attempt is on its way
+
+
+class _Parked(NamedTuple):
+    """A message about a transfer that the framework has not told us of yet."""
+
+    channel: Channel | None  # None: the sender died meanwhile
+    message: wire.Subscribe | wire.Claim | wire.Release
+    expires: float
+
+
+class PrefillSide:
+    """All transfers that this rank offers. Methods say which thread may call them."""
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        engine: TransferEngine,
+        stats: Stats,
+        send: Callable[[Channel, wire.Message], None],
+        now: Callable[[], float],
+    ) -> None:
+        """`send` queues a message from any thread, in call order."""
+        self._config = config
+        self._engine = engine
+        self._stats = stats
+        self._send = send
+        self._now = now
+        self._lock = threading.Lock()  # guards everything below
+        self._live: dict[str, _Hold] = {}
+        # Ended attempts answer repeats until their deadline; newest attempt per transfer.
+        self._tombstones: dict[tuple[str, int], _Hold] = {}
+        self._attempts: dict[str, int] = {}
+        self._parked: dict[str, list[_Parked]] = defaultdict(list)
+        self._sent: set[str] = set()
+
+    # ---- the framework's thread
+
+    def open(self, transfer_id: str, request_id: str, prompt_key: str) -> None:
+        """A request whose KV will be offered was admitted, or starts over after a preemption."""
+        with self._lock:
+            if transfer_id in self._live:
+                log.warning(
+                    "transfer %s is already open; %s is not offered", transfer_id, request_id
+                )
+                return
+            attempt = self._attempts.get(transfer_id, 0) + 1
+            self._attempts[transfer_id] = attempt
+            hold = _Hold(
+                transfer_id,
+                attempt,
+                request_id,
+                prompt_key,
+                self._now() + self._config.request_timeout_s,
+            )
+            self._live[transfer_id] = hold
+            self._engine.grant(hold.grant)
+            for parked in self._parked.pop(transfer_id, ()):
+                self._replay(hold, parked)
+
+    def pages_ready(self, transfer_id: str, pages: Sequence[PageRun], *, last: bool) -> None:
+        """These pages (one run per group, in order) are final; call behind the device's event."""
+        with self._lock:
+            hold = self._live.get(transfer_id)
+            if hold is None or hold.last:
+                return
+            hold.pages = (
+                [_extend(a, b) for a, b in zip(hold.pages, pages, strict=True)]
+                if hold.pages
+                else list(pages)
+            )
+            hold.last = last
+            self._apply(hold, HoldEvent.PAGES)
+
+    def hold(self, transfer_id: str, request_id: str) -> None:
+        """The request finished and its blocks wait for us; `take_sent` will name it once."""
+        with self._lock:
+            hold = self._live.get(transfer_id)
+            if hold is None or hold.request_id != request_id:
+                # Ended before (or never offered): nobody will come, free at once.
+                self._sent.add(request_id)
+                return
+            self._apply(hold, HoldEvent.HOLD)
+
+    def end(self, transfer_id: str, reason: str, *, retry: bool) -> None:
+        """The framework reuses the blocks. On return no verdict can be `held` any more.
+
+        `retry`: the same request will be opened again (it was preempted). Blocks for the time
+        that a server of bytes needs to notice, about a millisecond.
+        """
+        with self._lock:
+            hold = self._live.get(transfer_id)
+            if hold is not None:
+                hold.reason = reason
+                hold.retry = retry
+                self._apply(hold, HoldEvent.REUSE)
+
+    def take_sent(self) -> set[str]:
+        """Requests whose blocks may be freed, each named once."""
+        if not self._sent:  # an idle engine asks several hundred times a second
+            return set()
+        with self._lock:
+            sent, self._sent = self._sent, set()
+            return sent
+
+    def held_pages(self) -> int:
+        """Pages that wait for readers now."""
+        with self._lock:
+            return sum(
+                sum(len(run.ids) for run in hold.pages)
+                for hold in self._live.values()
+                if hold.state is HoldState.HELD
+            )
+
+    # ---- the node's loop
+
+    def on_message(self, channel: Channel, message: wire.AnyMessage) -> None:
+        """A decode node said something."""
+        match message:
+            case wire.Claim() | wire.Subscribe() | wire.Release():
+                with self._lock:
+                    self._dispatch(channel, message)
+            case wire.Ping():
+                pass
+            case _:
+                raise wire.WireError(f"an unexpected {type(message).__name__}")
+
+    def on_closed(self, channel: Channel) -> None:
+        """A decode node is gone: nothing is kept for it."""
+        with self._lock:
+            for hold in list(self._live.values()):
+                involved = channel in hold.claims
+                hold.claims.discard(channel)
+                for reader in hold.readers.values():
+                    if reader.channel is channel and reader.held is None:
+                        reader.held = False
+                        involved = True
+                if involved:
+                    self._stats.failure("reader_gone")
+                    self._conclude_if_all_left(hold, f"decode node {channel.peer} is gone")
+            for entries in self._parked.values():
+                entries[:] = [
+                    e._replace(channel=None) if e.channel is channel else e for e in entries
+                ]
+
+    def sweep(self) -> None:
+        """End what is over; called several times a second."""
+        now = self._now()
+        with self._lock:
+            for hold in [h for h in self._live.values() if h.deadline <= now]:
+                hold.reason = f"nobody released it within {self._config.request_timeout_s:g} s"
+                self._stats.failure("hold_timeout")
+                log.warning("transfer %s: %s", hold.transfer_id, hold.reason)
+                self._apply(hold, HoldEvent.TIMEOUT)
+            for key in [k for k, h in self._tombstones.items() if h.deadline <= now]:
+                del self._tombstones[key]
+                if self._attempts.get(key[0]) == key[1] and key[0] not in self._live:
+                    del self._attempts[key[0]]
+            for transfer_id in list(self._parked):
+                entries = self._parked[transfer_id]
+                for entry in [e for e in entries if e.expires <= now]:
+                    entries.remove(entry)
+                    if entry.channel is not None and isinstance(entry.message, wire.Subscribe):
+                        self._gone(entry.channel, transfer_id, 0, self._unknown(transfer_id))
+                if not entries:
+                    del self._parked[transfer_id]
+
+    # ---- under the lock
+
+    def _dispatch(
+        self, channel: Channel, message: wire.Subscribe | wire.Claim | wire.Release
+    ) -> None:
+        hold = self._live.get(message.transfer_id)
+        if isinstance(message, wire.Release):
+            self._release(channel, hold, message)
+        elif hold is not None:
+            if isinstance(message, wire.Claim):
+                hold.claims.add(channel)
+            else:
+                self._subscribe(channel, hold, message)
+        else:
+            attempt = self._attempts.get(message.transfer_id, 0)
+            ended = self._tombstones.get((message.transfer_id, attempt))
+            if ended is None or ended.retry:
+                self._park(channel, message)
+            elif isinstance(message, wire.Subscribe):
+                self._gone(channel, message.transfer_id, attempt, ended.reason)
+
+    def _park(self, channel: Channel, message: wire.Subscribe | wire.Claim | wire.Release) -> None:
+        expires = self._now() + self._config.unknown_transfer_grace_s
+        self._parked[message.transfer_id].append(_Parked(channel, message, expires))
+
+    def _replay(self, hold: _Hold, parked: _Parked) -> None:
+        if parked.channel is None:  # who asked is dead: do not keep the pages for it
+            self._conclude_if_all_left(hold, "the decode node that claimed it is gone")
+        else:
+            self._dispatch(parked.channel, parked.message)
+
+    def _subscribe(self, channel: Channel, hold: _Hold, message: wire.Subscribe) -> None:
+        if message.prompt_key != hold.prompt_key:
+            self._stats.failure("prompt_differs")
+            self._gone(
+                channel,
+                hold.transfer_id,
+                hold.attempt,
+                f"its prompt key is {hold.prompt_key}, decode's is {message.prompt_key}: the two "
+                "servers saw different prompts (another template, LoRA, image or cache salt?)",
+            )
+            return
+        if hold.state is HoldState.LEFT:
+            self._gone(channel, hold.transfer_id, hold.attempt, hold.reason)
+            return
+        hold.expected = max(hold.expected, message.readers)
+        hold.claims.discard(channel)
+        reader = hold.readers.get(message.reader)
+        if reader is None or reader.held is None:  # a repeat starts from the first page again
+            groups = len(hold.pages) or 1
+            reader = _Reader(channel, message.first_page, groups)
+            reader.sent = [message.first_page]
+            hold.readers[message.reader] = reader
+        self._tell(hold, reader)
+
+    def _release(self, channel: Channel, hold: _Hold | None, message: wire.Release) -> None:
+        if hold is None or message.attempt not in (0, hold.attempt):  # 0: never subscribed
+            ended = self._tombstones.get((message.transfer_id, message.attempt))
+            if message.attempt == 0 and message.transfer_id not in self._attempts:
+                self._park(channel, message)  # prefill will be told of the request later
+                return
+            reader = ended.readers.get(message.reader) if ended is not None else None
+            self._verdict(channel, message, held=bool(reader and reader.held))
+            return
+        reader = hold.readers.get(message.reader)
+        if reader is None:
+            reader = hold.readers[message.reader] = _Reader(channel, 0, 1)
+        if reader.held is None:
+            # `end` takes the same lock before any page is reused: alive now means alive so far.
+            reader.held = hold.state in (HoldState.COMPUTING, HoldState.HELD)
+        hold.claims.discard(channel)
+        self._verdict(channel, message, held=reader.held)
+        self._conclude_if_all_left(hold, "all its readers released it")
+
+    def _conclude_if_all_left(self, hold: _Hold, reason: str) -> None:
+        settled = sum(reader.held is not None for reader in hold.readers.values())
+        open_readers = len(hold.readers) - settled
+        if not hold.claims and not open_readers and (settled >= hold.expected or not settled):
+            hold.reason = reason
+            self._apply(hold, HoldEvent.RELEASED)
+
+    def _verdict(self, channel: Channel, message: wire.Release, *, held: bool) -> None:
+        self._send(
+            channel,
+            wire.Released(
+                transfer_id=message.transfer_id,
+                attempt=message.attempt,
+                reader=message.reader,
+                held=held,
+            ),
+        )
+
+    def _gone(
+        self, channel: Channel, transfer_id: str, attempt: int, reason: str, *, retry: bool = False
+    ) -> None:
+        self._send(
+            channel,
+            wire.Gone(transfer_id=transfer_id, attempt=attempt, reason=reason, retry=retry),
+        )
+
+    def _unknown(self, transfer_id: str) -> str:
+        return (
+            f"prefill was not told of transfer {transfer_id} within "
+            f"{self._config.unknown_transfer_grace_s:g} s (unknown_transfer_grace_s)"
+        )
+
+    def _apply(self, hold: _Hold, event: HoldEvent) -> None:
+        hold.state, actions = step(HOLD_TABLE, hold.state, event)
+        for action in actions:
+            match action:
+                case HoldAction.SEND_READY:
+                    for reader in hold.readers.values():
+                        self._tell(hold, reader)
+                case HoldAction.END_GRANT:
+                    self._engine.revoke(hold.grant)
+                case HoldAction.SEND_GONE:
+                    for reader in hold.readers.values():
+                        if reader.held is None:
+                            self._gone(
+                                reader.channel,
+                                hold.transfer_id,
+                                hold.attempt,
+                                hold.reason,
+                                retry=hold.retry,
+                            )
+                case HoldAction.REPORT_SENT:
+                    self._sent.add(hold.request_id)
+        if hold.state is HoldState.ENDED and self._live.get(hold.transfer_id) is hold:
+            del self._live[hold.transfer_id]
+            hold.deadline = self._now() + self._config.request_timeout_s
+            self._tombstones[hold.transfer_id, hold.attempt] = hold
+
+    def _tell(self, hold: _Hold, reader: _Reader) -> None:
+        """Send what this reader does not know yet."""
+        if not hold.pages or reader.held is not None or reader.told_last:
+            return
+        if len(reader.sent) != len(hold.pages):
+            reader.sent = [reader.sent[0]] * len(hold.pages)
+        news = [_tail(run, sent) for run, sent in zip(hold.pages, reader.sent, strict=True)]
+        if not hold.last and not any(len(run.ids) for run in news):
+            return
+        reader.sent = [max(sent, run.end) for sent, run in zip(reader.sent, news, strict=True)]
+        reader.told_last = hold.last
+        self._send(
+            reader.channel,
+            wire.Ready(
+                transfer_id=hold.transfer_id,
+                attempt=hold.attempt,
+                grant=hold.grant,
+                pages=tuple(wire.pack_pages(run) for run in news),
+                last=hold.last,
+            ),
+        )
+
+
+def _extend(run: PageRun, more: PageRun) -> PageRun:
+    if not len(run.ids):
+        return more
+    if len(more.ids) and more.first != run.end:
+        raise ValueError(f"pages continue at position {more.first}, expected {run.end}")
+    return PageRun(run.first, np.concatenate([run.ids, more.ids]))
+
+
+def _tail(run: PageRun, first: int) -> PageRun:
+    first = max(first, run.first)
+    return PageRun(first, run.ids[first - run.first :])

@@ -1,0 +1,1 @@
+"""The vLLM plugin: `MooncakeDisaggConnector` and what stands behind it."""

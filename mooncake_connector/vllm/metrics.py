@@ -1,0 +1,151 @@
+"""Counts of the nodes -> vLLM's log line and /metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
+
+    from mooncake_connector.stats import Counts
+
+_LISTS = ("seconds", "nbytes", "descriptors", "runs")
+
+
+@dataclass
+class MooncakeStats(KVConnectorStats):
+    """`stats.Counts` as vLLM carries it: `data` has the same keys, plain values."""
+
+    @classmethod
+    def of(cls, counts: Counts) -> MooncakeStats:
+        """One rank's counts."""
+        return cls(msgspec.to_builtins(counts))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        """True when nothing was counted."""
+        return not self.data
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add another rank's, or a later step's, counts to these."""
+        if not self.data:
+            self.data = other.data
+            return self
+        for key in _LISTS:
+            self.data[key].extend(other.data.get(key, ()))
+        for key in ("paths", "failures"):
+            for name, count in other.data.get(key, {}).items():
+                self.data[key][name] = self.data[key].get(name, 0) + count
+        self.data["requests"] += other.data.get("requests", 0)
+        if other.data.get("held_pages") is not None:
+            self.data["held_pages"] = other.data["held_pages"]
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """One log line's worth."""
+        seconds, nbytes = self.data["seconds"], self.data["nbytes"]
+        line: dict[str, Any] = {
+            "requests": self.data["requests"],
+            "batches": len(seconds),
+            "failed": sum(self.data["failures"].values()),
+            "held pages": self.data["held_pages"],
+        }
+        if seconds:
+            line["MB"] = round(sum(nbytes) / 1e6, 3)
+            line["p50 ms"] = round(float(np.median(seconds)) * 1e3, 3)
+            line["GB/s"] = round(sum(nbytes) / max(sum(seconds), 1e-9) / 1e9, 3)
+            line["runs/descriptors"] = f"{sum(self.data['runs'])}/{sum(self.data['descriptors'])}"
+            line["path"] = "+".join(sorted(self.data["paths"]))
+        for reason, count in self.data["failures"].items():
+            line[f"failed ({reason})"] = count
+        return line
+
+
+class MooncakePromMetrics(KVConnectorPromMetrics):
+    """`mooncake_connector:*` on vLLM's /metrics."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        prefix = "mooncake_connector:"
+        sizes = [2.0**power for power in range(12, 36, 2)]
+        counts = [4.0**power for power in range(11)]
+        self._lists = {
+            "seconds": self._histogram_cls(
+                name=f"{prefix}transfer_seconds",
+                documentation="Seconds from submit to last byte, per batch of reads.",
+                buckets=[10.0**exponent * f for exponent in range(-4, 2) for f in (1, 2, 5)],
+                labelnames=labelnames,
+            ),
+            "nbytes": self._histogram_cls(
+                name=f"{prefix}transfer_bytes",
+                documentation="Bytes per batch of reads.",
+                buckets=sizes,
+                labelnames=labelnames,
+            ),
+            "descriptors": self._histogram_cls(
+                name=f"{prefix}transfer_descriptors",
+                documentation="Runs per batch before neighbours are merged.",
+                buckets=counts,
+                labelnames=labelnames,
+            ),
+            "runs": self._histogram_cls(
+                name=f"{prefix}transfer_runs",
+                documentation="Runs per batch after neighbours were merged.",
+                buckets=counts,
+                labelnames=labelnames,
+            ),
+        }
+        self._requests = self._counter_cls(
+            name=f"{prefix}requests",
+            documentation="Requests whose KV was received whole and confirmed.",
+            labelnames=labelnames,
+        )
+        self._paths = self._counter_cls(
+            name=f"{prefix}path_batches",
+            documentation="Batches of reads by the transport that served them.",
+            labelnames=[*labelnames, "path"],
+        )
+        self._failures = self._counter_cls(
+            name=f"{prefix}failures",
+            documentation="Requests whose transfer failed, by reason.",
+            labelnames=[*labelnames, "reason"],
+        )
+        self._held = self._gauge_cls(
+            name=f"{prefix}held_pages",
+            documentation="Pages of finished prefills that wait for a decode server.",
+            labelnames=labelnames,
+        )
+        for values in per_engine_labelvalues.values():
+            self._held.labels(*values).set(0)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Record one interval's `MooncakeStats.data`."""
+        labels = self.per_engine_labelvalues[engine_idx]
+        for key, histogram in self._lists.items():
+            for value in transfer_stats_data.get(key, ()):
+                histogram.labels(*labels).observe(value)
+        self._requests.labels(*labels).inc(transfer_stats_data.get("requests", 0))
+        for path, count in transfer_stats_data.get("paths", {}).items():
+            self._paths.labels(*labels, path).inc(count)
+        for reason, count in transfer_stats_data.get("failures", {}).items():
+            self._failures.labels(*labels, reason).inc(count)
+        if transfer_stats_data.get("held_pages") is not None:
+            self._held.labels(*labels).set(transfer_stats_data["held_pages"])

@@ -1,0 +1,49 @@
+"""Settings as vLLM hands them in."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from vllm.utils.network_utils import get_ip
+
+from mooncake_connector.config import load_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from mooncake_connector.config import ConnectorConfig
+
+log = logging.getLogger(__name__)
+
+
+class Settings(NamedTuple):
+    """What both halves need.
+
+    Attributes:
+        config: The connector's settings; `engine.host` is vLLM's own choice when not set.
+        testing: `{"testing": true}` in `kv_connector_extra_config`: a request may name the
+            transport to use in `kv_transfer_params["test_protocol"]`.
+    """
+
+    config: ConnectorConfig
+    testing: bool
+
+
+def load(vllm_config: VllmConfig) -> Settings:
+    """Settings for one vLLM process.
+
+    Raises:
+        ConfigError: Naming what cannot be used.
+    """
+    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    testing = bool(extra.pop("testing", False))
+    loaded = load_config(extra=extra)
+    for notice in loaded.notices:
+        log.info("%s", notice)
+    config = loaded.config
+    if not config.engine.host:
+        engine = msgspec.structs.replace(config.engine, host=get_ip())
+        config = msgspec.structs.replace(config, engine=engine)
+    return Settings(config, testing)

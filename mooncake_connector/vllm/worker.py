@@ -1,0 +1,163 @@
+"""The worker half: one rank's node, fed by `Step`s and asked for results every engine step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mooncake_engine import TransferEngine
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from mooncake_connector.decode import FetchRequest
+from mooncake_connector.node import Node
+from mooncake_connector.peers import PeerRef
+from mooncake_connector.plan import PageRun
+from mooncake_connector.publish import Publication
+from mooncake_connector.vllm.cache import describe, memory_of
+from mooncake_connector.vllm.metrics import MooncakeStats
+from mooncake_connector.vllm.step import Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from mooncake_connector.config import ConnectorConfig
+    from mooncake_connector.vllm.step import Fetch, Remote, Step
+
+log = logging.getLogger(__name__)
+
+
+class WorkerHalf:
+    """Lives in one of vLLM's worker processes; methods are called from its one thread."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: ConnectorConfig
+    ) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._config = config
+        self._opened = contextlib.ExitStack()
+        self._node: Node | None = None
+
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Describe and register the cache, start the node, publish it.
+
+        Raises:
+            UnsupportedCache, ConfigError, ConnectorError: What is wrong, before any request.
+        """
+        rank = get_tensor_model_parallel_rank()
+        transfer = self._vllm_config.kv_transfer_config
+        spec, layout = describe(self._vllm_config, self._kv_cache_config, kv_caches, rank)
+        with contextlib.ExitStack() as opening:
+            engine = opening.enter_context(TransferEngine(self._config.engine))
+            for address, nbytes, location in memory_of(kv_caches):
+                engine.register_memory(address, nbytes, location=location)
+            self._node = Node(
+                self._config, engine, engine_id=transfer.engine_id, spec=spec, layout=layout
+            )
+            opening.callback(self._node.close)
+            opening.enter_context(
+                Publication(self._config, engine.store, self._node, role=transfer.kv_role)
+            )
+            self._opened = opening.pop_all()
+        log.info(
+            "rank %d of engine %s: %d pages of %d tokens, control endpoint %s",
+            rank,
+            transfer.engine_id,
+            self._kv_cache_config.num_blocks,
+            spec.page_size,
+            self._node.address,
+        )
+
+    @property
+    def node(self) -> Node:
+        """The node; exists from `register_kv_caches` on."""
+        assert self._node is not None, "vLLM registers its KV caches before the first step"
+        return self._node
+
+    def endpoint(self) -> Endpoint:
+        """Where this rank listens, for the scheduler half."""
+        return Endpoint(self.node.address, self.node.incarnation)
+
+    def before_forward(self, step: Step) -> None:
+        """End grants whose blocks this step may reuse; then open new transfers."""
+        for ended in step.ended:
+            self.node.prefill.end(ended.transfer_id, ended.reason, retry=ended.retry)
+        for opened in step.opened:
+            self.node.prefill.open(*opened)
+
+    def start_loads(self, step: Step) -> None:
+        """Start and stop fetches; all of it is posted to the node."""
+        node = self.node
+        for remote in step.claims:
+            node.claim(remote.transfer_id, self._peer(remote))
+        for fetch in step.fetches:
+            node.fetch(self._request(fetch))
+        for request_id in step.cancelled:
+            node.cancel(request_id)
+        for request_id, remote in step.declined:
+            node.decline(remote.transfer_id, request_id, self._peer(remote))
+
+    def after_forward(self, step: Step) -> None:
+        """The pages of this step are final (on a CPU a forward pass that returned has run)."""
+        prefill = self.node.prefill
+        for final in step.final:
+            prefill.pages_ready(
+                final.transfer_id, _runs(final.first, final.block_ids), last=final.last
+            )
+        for held in step.held:
+            prefill.hold(held.transfer_id, held.request_id)
+
+    def results(self) -> KVConnectorTransferResults:
+        """What ended since the last step."""
+        received = self.node.take_results()
+        return KVConnectorTransferResults(
+            finished_sending=self.node.prefill.take_sent(),
+            finished_recving=set(received.received),
+            failed_recving=set(received.failed),
+        )
+
+    def stats(self) -> MooncakeStats | None:
+        """What was counted since the last step; None when nothing happened."""
+        counts = self.node.stats.take(self.node.prefill.held_pages())
+        return None if counts is None else MooncakeStats.of(counts)
+
+    def close(self) -> None:
+        """Withdraw, end all transfers, unregister. Idempotent."""
+        self._opened.close()
+
+    def _peer(self, remote: Remote) -> PeerRef:
+        rank = self.node.rank
+        known = rank < len(remote.addresses)
+        return PeerRef(
+            address=remote.addresses[rank] if known else "",
+            incarnation=remote.incarnations[rank] if rank < len(remote.incarnations) else "",
+            bootstrap="" if known else remote.bootstrap,
+            engine_id=remote.engine_id,
+            rank=rank,
+            protocol=remote.protocol,
+        )
+
+    def _request(self, fetch: Fetch) -> FetchRequest:
+        return FetchRequest(
+            request_id=fetch.request_id,
+            transfer_id=fetch.remote.transfer_id,
+            peer=self._peer(fetch.remote),
+            wanted=_runs(fetch.first, fetch.block_ids),
+            first_page=fetch.first_page,
+            tokens=fetch.tokens,
+            prompt_key=fetch.prompt_key,
+        )
+
+
+def _runs(first: tuple[int, ...], block_ids: tuple[list[int], ...]) -> tuple[PageRun, ...]:
+    return tuple(
+        PageRun(start, np.asarray(ids, np.uint64))
+        for start, ids in zip(first, block_ids, strict=True)
+    )
