@@ -24,6 +24,7 @@ class _Want:
         self.key = key
         self.asked = False  # fetched or declined: vLLM must not be promised its tokens again
         self.loading = False  # parked; the workers will report it
+        self.foreign = False  # the transfer holds another prompt's KV
 
 
 class DecodeRequests:
@@ -61,7 +62,7 @@ class DecodeRequests:
                 request_id,
                 remote.transfer_id,
             )
-            want.asked = True
+            want.asked = want.foreign = True
             return
         if remote.transfer_id not in self._readers:
             self._readers[remote.transfer_id] = request_id
@@ -145,6 +146,10 @@ class DecodeRequests:
             del self._readers[want.remote.transfer_id]
             if not want.asked:
                 self._pass_on(request_id, want, step)
+        elif want.foreign and want.remote.transfer_id not in self._readers:
+            # Nobody of its family came for the pages; vLLM's notice of a rejected request, which
+            # has a prompt of one zero, ends here too. Harmless when they were released already.
+            step.declined.append((request_id, want.remote))
 
     def _reads(self, request_id: str, want: _Want) -> bool:
         return self._readers.get(want.remote.transfer_id) == request_id
