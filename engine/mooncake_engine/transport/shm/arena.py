@@ -1,0 +1,244 @@
+"""Memory that the engine allocates so that peers of this machine can map it.
+
+A memfd has no name in /dev/shm that a killed process would leave behind. Peers get its
+descriptor over an abstract unix socket, which needs no permission to ptrace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from mooncake_engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+MESSAGE_BYTES = 64 << 10  # bound of one message either way; an offer of FDS_PER_OFFER takes 2 KiB
+FDS_PER_OFFER = 64  # the kernel passes at most 253 (SCM_MAX_FD) in one message
+MAX_READERS = 1024  # each costs one descriptor
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True):
+    """First and only message of a reader."""
+
+    version: int
+    proof: bytes
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """Arenas of the target, one descriptor each beside the message, in the same order."""
+
+    proof: bytes
+    arenas: tuple[tuple[int, int], ...]  # (address in the target, bytes)
+    more: bool  # another offer follows at once
+
+
+def proof(nonce: bytes, side: bytes) -> bytes:
+    """Shows that `side` knows the endpoint's nonce without telling it to a stranger."""
+    return hashlib.blake2b(nonce, person=side, digest_size=32).digest()
+
+
+class Arena:
+    """One memfd and our mapping of it. The array may outlive `close`; no peer then finds it."""
+
+    def __init__(self, length: int) -> None:
+        # One page more than asked for keeps two arenas apart in memory, so that no run can span
+        # both: the reader has them at unrelated addresses. The page is never backed.
+        usable = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+        total = usable + mmap.PAGESIZE
+        self.fd = os.memfd_create("mooncake-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, total)
+            os.posix_fallocate(self.fd, 0, usable)  # short of memory: an error now, no SIGBUS later
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)  # a reader can trust the size
+            mapping = mmap.mmap(self.fd, total)
+        except (OSError, ValueError, OverflowError) as error:
+            os.close(self.fd)
+            raise EngineError(
+                f"cannot allocate {length} bytes of shared memory: {error}; ask for less, or "
+                "give this machine or container more memory"
+            ) from error
+        self.array: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8, count=length)
+        self.address: int = self.array.__array_interface__["data"][0]
+        self.length = length
+
+
+class ArenaServer:
+    """Allocates arenas and hands their descriptors to readers, also those allocated later.
+
+    An arena lives until `close`: were its address given to another one before, a reader would
+    copy from the old.
+    """
+
+    def __init__(self, name: str, nonce: bytes, hello_timeout_s: float, any_user: bool) -> None:
+        """Args: name: abstract socket name; any_user: serve readers of other users too."""
+        self._nonce = nonce
+        self._hello_timeout_s = hello_timeout_s
+        self._any_user = any_user
+        self._lock = threading.Lock()  # guards _arenas, _readers and their order: none is missed
+        self._arenas: list[Arena] = []
+        self._readers: set[socket.socket] = set()
+        self._waiting: dict[socket.socket, float] = {}  # until when to say hello; thread's own
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closed = False
+        try:
+            self._listener.bind(b"\0" + name.encode())
+            self._listener.listen(64)
+            self._listener.setblocking(False)
+        except OSError:
+            self._listener.close()
+            os.close(self._wake)
+            raise
+        self._thread = threading.Thread(target=self._serve, name="shm-arena", daemon=True)
+        self._thread.start()
+
+    def allocate(self, length: int) -> NDArray[np.uint8]:
+        """`length` > 0 zeroed bytes at a page boundary; each reader has been told on return."""
+        arena = Arena(length)
+        with self._lock:
+            self._arenas.append(arena)
+            for reader in self._readers:
+                self._offer(reader, [arena])
+        return arena.array
+
+    def close(self) -> None:
+        """Let the readers go (they see PEER_GONE) and give back the descriptors. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()  # it never blocks but in select, which the eventfd ends
+        os.close(self._wake)
+        for arena in self._arenas:
+            os.close(arena.fd)
+        self._arenas.clear()
+
+    def _offer(self, reader: socket.socket, arenas: list[Arena]) -> None:
+        """Send without waiting. A reader that does not take its messages loses its connection."""
+        for start in range(0, max(len(arenas), 1), FDS_PER_OFFER):
+            part = arenas[start : start + FDS_PER_OFFER]
+            offer = Offer(
+                proof(self._nonce, b"target"),
+                tuple((arena.address, arena.length) for arena in part),
+                more=start + FDS_PER_OFFER < len(arenas),
+            )
+            try:
+                socket.send_fds(
+                    reader,
+                    [msgspec.msgpack.encode(offer)],
+                    [arena.fd for arena in part],
+                    socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+                )
+            except OSError as error:
+                logger.warning("a reader of shared memory is dropped: %s", error)
+                with contextlib.suppress(OSError):  # it may be gone already
+                    reader.shutdown(socket.SHUT_RDWR)  # the thread sees it and closes it
+                return
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._wake, selectors.EVENT_READ)
+            while not self._closed:
+                limit = min(self._waiting.values(), default=None)
+                wait = None if limit is None else max(0.0, limit - time.monotonic())
+                for key, _ in selector.select(wait):
+                    if key.fileobj is self._listener:
+                        self._accept(selector)
+                    elif isinstance(key.fileobj, socket.socket):
+                        self._hear(selector, key.fileobj)
+                now = time.monotonic()
+                for late in [sock for sock, until in self._waiting.items() if until <= now]:
+                    self._drop(selector, late, "it did not say hello in time")
+        self._listener.close()
+        with self._lock:
+            for sock in (*self._waiting, *self._readers):
+                # Also a copy in a forked child must not keep the reader believing.
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                sock.close()
+            self._waiting.clear()
+            self._readers.clear()
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptor left: the listener would stay readable
+            logger.warning("cannot accept a reader of shared memory: %s", error)
+            with selectors.DefaultSelector() as closing:
+                closing.register(self._wake, selectors.EVENT_READ)
+                closing.select(1.0)  # try again in a second unless closed before
+            return
+        sock.setblocking(False)
+        if len(self._waiting) + len(self._readers) >= MAX_READERS:
+            logger.warning("a reader of shared memory is refused: %d are connected", MAX_READERS)
+            sock.close()
+            return
+        self._waiting[sock] = time.monotonic() + self._hello_timeout_s
+        selector.register(sock, selectors.EVENT_READ)
+
+    def _hear(self, selector: selectors.BaseSelector, sock: socket.socket) -> None:
+        """A reader says hello once; anything later is its end."""
+        if sock not in self._waiting:
+            self._drop(selector, sock, "")
+            return
+        try:
+            fault = self._fault(sock, sock.recv(MESSAGE_BYTES))
+        except OSError as error:
+            fault = str(error)
+        if fault:
+            self._drop(selector, sock, fault)
+            return
+        del self._waiting[sock]
+        with self._lock:
+            self._readers.add(sock)
+            self._offer(sock, self._arenas)
+
+    def _fault(self, sock: socket.socket, message: bytes) -> str:
+        """Why this hello is not served; empty when it is."""
+        try:
+            hello = msgspec.msgpack.decode(message, type=Hello)
+        except msgspec.DecodeError as error:
+            return f"its hello cannot be read ({error})"
+        if hello.version != VERSION or hello.proof != proof(self._nonce, b"reader"):
+            return "it does not know this engine's nonce, or speaks another version"
+        _, uid, _ = peer_credentials(sock)
+        if uid != os.geteuid() and not self._any_user:
+            return f"it runs as user {uid} and shm.allow_any_reader is off"
+        return ""
+
+    def _drop(self, selector: selectors.BaseSelector, sock: socket.socket, why: str) -> None:
+        if why:
+            logger.warning("a reader of shared memory is refused: %s", why)
+        selector.unregister(sock)
+        self._waiting.pop(sock, None)
+        with self._lock:
+            self._readers.discard(sock)
+        sock.close()
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process at the other end, as this one's namespaces number them."""
+    size = struct.calcsize("3i")
+    return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))

@@ -1,0 +1,163 @@
+"""A lane of the shm transport, and the two ways to a peer's memory that it may go."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import errno
+import os
+import time
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from mooncake_engine.errors import LaneError
+from mooncake_engine.transport.base import Lane
+from mooncake_engine.transport.shm import process_vm
+from mooncake_engine.transport.shm.process_vm import Runs
+from mooncake_engine.types import Op, Status
+
+if TYPE_CHECKING:
+    from mooncake_engine.iovec import Iovecs
+    from mooncake_engine.transport.shm.arena_reader import ArenaReader
+    from mooncake_engine.transport.shm.nonce import NonceReader
+    from mooncake_engine.types import Slice, Uint64s
+
+
+class Way(abc.ABC):
+    """How one lane gets at its peer's memory. One thread at a time."""
+
+    #: Process in whose address space `locate` gives addresses, and a name for it.
+    pid: int
+    where: str
+
+    @abc.abstractmethod
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the way open for one slice."""
+
+    @abc.abstractmethod
+    def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
+        """The peer's addresses as addresses of `pid`. `LaneError` REFUSED: unreachable."""
+
+    @abc.abstractmethod
+    def copy(self, op: Op, local: Iovecs, remote: Iovecs) -> int:
+        """Move up to that much and at least one byte; returns how many. Raises `OSError`."""
+
+    @abc.abstractmethod
+    def confirm(self) -> None:
+        """Raise `LaneError` PEER_GONE unless the peer lives and is still the same engine."""
+
+
+class ByPid(Way):
+    """All of the peer's memory, through the kernel."""
+
+    def __init__(self, peer: str, pid: int, nonce: NonceReader) -> None:
+        """Args: nonce: this way's own."""
+        self.pid = pid
+        self.where = f"process {pid} of {peer}"
+        self._nonce = nonce
+
+    @override
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @override
+    def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
+        return addresses
+
+    @override
+    def copy(self, op: Op, local: Iovecs, remote: Iovecs) -> int:
+        return process_vm.copy(op, self.pid, local, remote)
+
+    @override
+    def confirm(self) -> None:
+        self._nonce.confirm()
+
+
+class ByMapping(Way):
+    """The peer's arenas, as mapped into this process by the link's `ArenaReader`."""
+
+    def __init__(self, peer: str, reader: ArenaReader) -> None:
+        self.pid = os.getpid()
+        self.where = f"the arena of {peer}"
+        self._reader = reader
+        self._poller = reader.poller()
+        self._by_kernel = process_vm.usable()
+
+    @override
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        return self._reader.use()
+
+    @override
+    def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
+        return self._reader.locate(addresses, lengths)
+
+    @override
+    def copy(self, op: Op, local: Iovecs, remote: Iovecs) -> int:
+        if self._by_kernel:
+            return process_vm.copy(op, self.pid, local, remote)
+        return process_vm.copy_mapped(op, local, remote)
+
+    @override
+    def confirm(self) -> None:
+        self._reader.confirm(self._poller)
+
+
+class ShmLane(Lane):
+    """Copies slice by slice; between system calls of at most 8 MiB it looks for an interrupt."""
+
+    def __init__(self, peer: str, way: Way) -> None:
+        self._peer = peer
+        self._way = way
+        self._interrupted = False
+
+    @override
+    def move(self, piece: Slice, deadline: float) -> None:
+        with self._way.held():
+            if piece.op is Op.WRITE:
+                self._way.confirm()  # a pid that was given away must not be written to
+            runs = Runs(piece.local, self._way.locate(piece.remote, piece.lengths), piece.lengths)
+            done = 0
+            while done < runs.nbytes:
+                self._check(piece, deadline)
+                try:
+                    done += self._way.copy(piece.op, *runs.window(done))
+                except OSError as error:
+                    raise self._fault(piece.op, runs, done, error) from error
+            # Like a seqlock: the peer is still there, so it was there for all that was copied.
+            self._way.confirm()
+
+    def _check(self, piece: Slice, deadline: float) -> None:
+        if self._interrupted:
+            raise LaneError(Status.CANCELLED, f"{piece.op} with {self._peer} was interrupted")
+        if time.monotonic() > deadline:
+            raise LaneError(
+                Status.TIMED_OUT,
+                f"{piece.op} of {piece.nbytes} bytes with {self._peer} ran out of time; raise "
+                "transfer_timeout_s if the machine is this busy",
+            )
+
+    def _fault(self, op: Op, runs: Runs, done: int, error: OSError) -> LaneError:
+        """The end of a slice whose byte number `done` could not be moved."""
+        local, remote = runs.at(done)
+        if error.errno == errno.EFAULT:
+            self._way.confirm()  # else it is the peer's end that took the memory away
+            if op is Op.READ:
+                ours = process_vm.readable(self._way.pid, remote)
+            else:
+                ours = not process_vm.readable(os.getpid(), local)
+            if ours:
+                return LaneError(
+                    Status.FAILED,
+                    f"{op} with {self._peer} failed: local memory at {local:#x} is not mapped "
+                    "or not writable; keep registered memory until it is unregistered",
+                )
+        return process_vm.explain(error, f"{op} at {remote:#x} in {self._way.where}")
+
+    @override
+    def interrupt(self) -> None:
+        self._interrupted = True
+
+    @override
+    def close(self) -> None:
+        """Nothing to give back: what a lane uses belongs to its link."""

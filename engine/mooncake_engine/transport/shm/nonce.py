@@ -1,0 +1,67 @@
+"""Whose memory is this? A random nonce in the target's memory, read before anything is believed.
+
+A pid alone says little: it may be given away after the target's death, and mean another process
+in another pid namespace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+import numpy as np
+
+from mooncake_engine.errors import LaneError
+from mooncake_engine.iovec import iovecs
+from mooncake_engine.transport.shm import process_vm
+from mooncake_engine.types import Op, Status
+
+NONCE_BYTES = 32
+
+
+class Nonce:
+    """Random bytes at a fixed address: who reads them there has found this very process.
+
+    `close` wipes them, so that a reader that comes too late finds out.
+    """
+
+    def __init__(self) -> None:
+        self.value = os.urandom(NONCE_BYTES)
+        self._memory = ctypes.create_string_buffer(self.value, NONCE_BYTES)
+        self.address = ctypes.addressof(self._memory)
+
+    def close(self) -> None:
+        """Stop being found. Idempotent."""
+        ctypes.memset(self.address, 0, NONCE_BYTES)
+
+
+class NonceReader:
+    """Confirms that `pid` is still the process that published the nonce. One thread at a time."""
+
+    def __init__(self, pid: int, address: int, value: bytes, peer: str) -> None:
+        self._pid = pid
+        self._value = value
+        self._peer = peer
+        self._found = ctypes.create_string_buffer(NONCE_BYTES)
+        size = np.array([NONCE_BYTES], np.uint64)
+        self._here = iovecs(np.array([ctypes.addressof(self._found)], np.uint64), size)
+        self._there = iovecs(np.array([address], np.uint64), size)
+
+    def confirm(self) -> None:
+        """Raise `LaneError` unless the nonce is there: PEER_GONE, or what the errno means."""
+        moved = 0
+        try:
+            moved = process_vm.copy(Op.READ, self._pid, self._here, self._there)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise process_vm.explain(
+                    error, f"finding {self._peer} in process {self._pid}"
+                ) from error
+        if moved != NONCE_BYTES or self._found.raw != self._value:
+            raise LaneError(
+                Status.PEER_GONE,
+                f"process {self._pid} is not the one that published itself as {self._peer}: it "
+                "has closed its engine, has ended and its pid was given away, or lives in "
+                "another pid namespace",
+            )
