@@ -5,15 +5,23 @@ Sources, later wins: defaults < file < environment < `kv_connector_extra_config`
 
 from __future__ import annotations
 
+import fnmatch
+import ipaddress
+import json
 import os
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import msgspec
-
 from mooncake_engine.config import EngineConfig, Port, Seconds
+from mooncake_engine.errors import ConfigError
+
+from mooncake_connector import config_fields, config_legacy, env_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+EXTRA = "kv_connector_extra_config"
 
 
 class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,9 +31,205 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     heartbeat_interval_s: Seconds = 2.0  # from a thread of the node, never from engine steps
     peer_dead_after_s: Seconds = 10.0  # silence after which a peer is dead
     request_timeout_s: Seconds = 300.0  # one request's total, from which every wait draws
-    # Router's params can reach decode before prefill's worker has heard of the request.
+    # A router's params can reach decode before prefill's worker has heard of the request.
     unknown_transfer_grace_s: Seconds = 30.0
     control_port: Port = 0  # where peers' messages arrive, on `engine.host`; 0: any
     max_message_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 16 << 20
+    http_url: str = ""  # of this server's API, published so that the proxy finds it
     bootstrap_port: Port = 0  # prefill: serve `GET /query` for vllm-router's mooncake mode; 0: off
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class LoadedConfig(msgspec.Struct, frozen=True):
+    """The effective settings and where they came from.
+
+    Attributes:
+        config: What to use.
+        origins: Dotted name of every setting -> "default", the file's path, the variable's name,
+            or "kv_connector_extra_config".
+        notices: One line for each group of known names that are not applied here.
+    """
+
+    config: ConnectorConfig
+    origins: dict[str, str]
+    notices: list[str]
+
+
+FIELDS = config_fields.fields_of(ConnectorConfig)
+
+
+def load_config(
+    path: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> LoadedConfig:
+    """Read, check and merge all sources.
+
+    Args:
+        path: mooncake.json; default: what `MOONCAKE_CONFIG_PATH` names, else no file.
+        environ: Default: this process's environment.
+        extra: vLLM's `kv_connector_extra_config`; nested as in the file, or dotted names.
+
+    Raises:
+        ConfigError: One sentence naming the setting, its value, its source and what is right.
+    """
+    environ = os.environ if environ is None else environ
+    values = {name: field.default for name, field in FIELDS.items()}
+    origins = dict.fromkeys(FIELDS, "default")
+    unused: dict[str, list[str]] = {}
+    path = path or environ.get(env_table.CONFIG_PATH)
+    if path:
+        _apply_tree(_read(path), path, values, origins, unused)
+    _apply_environment(environ, values, origins, unused)
+    _apply_tree(extra or {}, EXTRA, values, origins, unused)
+    config = config_fields.build(ConnectorConfig, values)
+    _check_together(config)
+    notices = [f"not applied: {', '.join(names)} ({why})" for why, names in unused.items()]
+    return LoadedConfig(config, origins, notices)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_bytes().decode()
+        tree = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot read the configuration file {path}: {exc.strerror}; "
+            "`mooncake-connector config init` writes one with every default"
+        ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not UTF-8 (byte {exc.start})") from exc
+    except json.JSONDecodeError as exc:
+        hint = ""
+        if text[exc.pos :].lstrip().startswith(("//", "/*", "#")):
+            hint = "; JSON has no comments, remove them"
+        raise ConfigError(
+            f"{path}, line {exc.lineno}, column {exc.colno}: {exc.msg}{hint}"
+        ) from exc
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {tree!r:.60}; expected one object of settings")
+    return tree
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f"{key!r} is given twice; keep one")
+        found[key] = value
+    return found
+
+
+def _constant(text: str) -> NoReturn:
+    raise ConfigError(f"{text} is not a JSON number")
+
+
+def _apply_tree(
+    tree: Mapping[str, Any],
+    source: str,
+    values: dict[str, Any],
+    origins: dict[str, str],
+    unused: dict[str, list[str]],
+) -> None:
+    old = config_legacy.translate(tree, source)
+    known = [*FIELDS, *config_legacy.NAMES]
+    for name in old.rest:
+        if "." not in name and not any(field.split(".")[0] == name for field in FIELDS):
+            hint = config_fields.nearest(name, known)
+            raise ConfigError(f"{source}: unknown setting {name!r}{hint}")
+    flat = config_fields.flatten(old.rest, FIELDS, source)
+    for name, value in old.settings.items():
+        config_fields.put(flat, name, value, source)
+    for name, value in flat.items():
+        values[name] = config_fields.check(name, value, FIELDS[name].type, source)
+        origins[name] = source
+    for name, why in old.not_applied.items():
+        unused.setdefault(why, []).append(name)
+
+
+def _apply_environment(
+    environ: Mapping[str, str],
+    values: dict[str, Any],
+    origins: dict[str, str],
+    unused: dict[str, list[str]],
+) -> None:
+    # An empty variable is an unset one: that is how shells and manifests take one back.
+    texts = {name: text for name, text in environ.items() if text.strip()}
+    for variable in env_table.VARIABLES:
+        if (text := texts.get(variable.name)) is None:
+            continue
+        value = config_fields.check_text(variable.name, text, variable.type, "environment")
+        for name, setting in variable.settings(value).items():
+            values[name] = config_fields.check(name, setting, FIELDS[name].type, variable.name)
+            origins[name] = variable.name
+        if variable.instead:
+            why = f"old misspelling, applied as {variable.instead}; use that name"
+            unused.setdefault(why, []).append(variable.name)
+    honoured = {variable.name for variable in env_table.VARIABLES} | {env_table.CONFIG_PATH}
+    for name in sorted(texts):
+        if not name.startswith(env_table.PREFIXES) or name in honoured:
+            continue
+        for why, patterns in env_table.NOT_APPLIED.items():
+            if _matches(name, patterns):
+                unused.setdefault(why, []).append(name)
+                break
+        else:
+            if not _matches(name, env_table.FOREIGN):
+                _refuse_variable(name, honoured)
+
+
+def _refuse_variable(name: str, honoured: set[str]) -> NoReturn:
+    known = honoured.union(*env_table.NOT_APPLIED.values())
+    hint = config_fields.nearest(name, sorted(known)) or "; unset it"
+    raise ConfigError(f"unknown environment variable {name}{hint}")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_together(config: ConnectorConfig) -> None:
+    metadata, tcp = config.engine.metadata, config.engine.tcp
+    for section, low, high in (
+        ("engine.tcp.{}_port", tcp.min_port, tcp.max_port),
+        ("engine.metadata.p2p_{}_port", metadata.p2p_min_port, metadata.p2p_max_port),
+    ):
+        if low > high or (low == 0) != (high == 0):
+            raise ConfigError(
+                f"{section.format('min')} is {low} and {section.format('max')} is {high}; "
+                "expected min <= max, or 0 in both for any port"
+            )
+    if config.heartbeat_interval_s >= config.peer_dead_after_s:
+        raise ConfigError(
+            f"heartbeat_interval_s is {config.heartbeat_interval_s:g} but peer_dead_after_s is "
+            f"{config.peer_dead_after_s:g}; the interval must be shorter, 5 beats are usual"
+        )
+    if metadata.backend == "etcd" and not metadata.endpoints:
+        raise ConfigError(
+            "engine.metadata.backend is 'etcd' but engine.metadata.endpoints is empty; "
+            'name at least one "host:2379"'
+        )
+    if metadata.endpoints and metadata.backend != "etcd":
+        raise ConfigError(
+            f"engine.metadata.endpoints is {list(metadata.endpoints)} but engine.metadata.backend "
+            f"is {metadata.backend!r}; set the backend to 'etcd' or remove the endpoints"
+        )
+    for first, second in (("client_cert", "client_key"), ("username", "password")):
+        if bool(getattr(metadata, first)) != bool(getattr(metadata, second)):
+            raise ConfigError(f"engine.metadata.{first} and {second} go together; set both")
+    if metadata.client_cert and not metadata.ca_cert:
+        raise ConfigError("engine.metadata.client_cert is set but ca_cert is empty; set ca_cert")
+    if _is_wildcard(config.engine.host):
+        raise ConfigError(
+            f"engine.host is {config.engine.host!r}, which no peer can connect to; name an address "
+            "of this machine (to listen on all, set engine.tcp.bind_address)"
+        )
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mooncake_engine import EngineError
 
 from mooncake_connector import plan, wire
+from mooncake_connector.errors import WireError
 from mooncake_connector.session import FETCH_TABLE, FetchAction, FetchEvent, FetchState, step
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class DecodeSide:
             case wire.Ping():
                 pass
             case _:
-                raise wire.WireError(f"an unexpected {type(message).__name__}")
+                raise WireError(f"an unexpected {type(message).__name__}")
 
     def on_peer_lost(self, peer: Peer, reason: str) -> None:
         """The connection to a prefill node ended, or never came about."""
@@ -208,7 +209,7 @@ class DecodeSide:
                 if fetch.attempt not in (0, message.attempt) or fetch.last:
                     return  # of an attempt that is over
                 if len(message.pages) != len(self._tables):
-                    raise wire.WireError(
+                    raise WireError(
                         f"pages of {len(message.pages)} groups, this cache has {len(self._tables)}"
                     )
                 fetch.attempt, fetch.grant = message.attempt, message.grant

@@ -24,7 +24,7 @@ from mooncake_connector.prefill import PrefillSide
 from mooncake_connector.stats import Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from mooncake_engine import TransferEngine
 
@@ -118,6 +118,10 @@ class Node:
 
     # ---- decode's entry points, any thread
 
+    def connect(self, peer: PeerRef) -> None:
+        """Connect to a prefill node before the first request does."""
+        self._post(self._peers.get, peer)
+
     def claim(self, transfer_id: str, peer: PeerRef) -> None:
         """Keep prefill's hold alive while the request queues here."""
         self._post(self._decode.claim, transfer_id, peer)
@@ -158,7 +162,7 @@ class Node:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
-    def _post(self, work: Callable[..., None], *args: object) -> None:
+    def _post(self, work: Callable[..., object], *args: object) -> None:
         if not self._closed:
             self._loop.call_soon_threadsafe(work, *args)
 
@@ -175,8 +179,8 @@ class Node:
         self._spawn(self._sweep())
         return join_address(self._host(), self._server.sockets[0].getsockname()[1])
 
-    def _spawn(self, work: object) -> None:
-        task = self._loop.create_task(work)  # type: ignore[arg-type]  # a coroutine
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import aiohttp
 import msgspec
 from mooncake_engine import EngineError
+from typing_extensions import override
 
 from mooncake_connector import wire
+from mooncake_connector.bootstrap import BootstrapError, decode_query
 from mooncake_connector.control import Channel, split_address
 from mooncake_connector.errors import PeerUnreachable, WireError
 from mooncake_connector.layout import PieceTable
@@ -50,8 +52,8 @@ class PeerRef(msgspec.Struct, frozen=True):
     rank: int = 0
     protocol: str = ""
 
+    @override
     def __str__(self) -> str:
-        """For messages."""
         return self.address or f"{self.engine_id}[{self.rank}] by {self.bootstrap}"
 
 
@@ -186,28 +188,28 @@ class Peers:
                 raise WireError(f"answered Hello with {type(answer).__name__}")
 
     async def _look_up(self, ref: PeerRef) -> str:
-        """Ask the bootstrap server, in the form of vLLM's MooncakeConnector (`GET /query`)."""
+        """Ask the bootstrap server, in the form of vLLM's MooncakeConnector."""
+        url = f"{ref.bootstrap.rstrip('/')}/query"
         timeout = aiohttp.ClientTimeout(total=self._config.engine.connect_timeout_s)
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
-                session.get(f"{ref.bootstrap.rstrip('/')}/query") as response,
+                session.get(url) as response,
             ):
                 response.raise_for_status()
-                ranks = await response.json()
-            for entry in ranks.values():
-                if ref.engine_id in ("", entry["engine_id"]):
-                    return str(entry["worker_addr"][str(ref.rank)]["0"]).removeprefix("tcp://")
-        except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
+                engines = decode_query(url, await response.read())
+        except (aiohttp.ClientError, TimeoutError) as exc:
             raise PeerUnreachable(
-                f"bootstrap server {ref.bootstrap} does not answer: {exc or type(exc).__name__}"
+                f"cannot be found: {url} does not answer: {exc or type(exc).__name__}"
             ) from exc
-        except (KeyError, TypeError, AttributeError) as exc:
-            raise PeerUnreachable(
-                f"bootstrap server {ref.bootstrap} knows no rank {ref.rank} of {ref.engine_id}: "
-                f"missing {exc}"
-            ) from exc
-        raise PeerUnreachable(f"bootstrap server {ref.bootstrap} knows no engine {ref.engine_id}")
+        except BootstrapError as exc:
+            raise PeerUnreachable(f"cannot be found: {exc}") from exc
+        for entry in engines.values():
+            if ref.engine_id in ("", entry.engine_id) and ref.rank in entry.worker_addr:
+                return entry.worker_addr[ref.rank][0]
+        raise PeerUnreachable(
+            f"cannot be found: {url} knows no rank {ref.rank} of engine {ref.engine_id}"
+        )
 
 
 def refuse_unless_compatible(prefill: CacheSpec, decode: CacheSpec) -> None:

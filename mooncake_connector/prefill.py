@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mooncake_connector import wire
+from mooncake_connector.errors import WireError
 from mooncake_connector.plan import PageRun
 from mooncake_connector.session import HOLD_TABLE, HoldAction, HoldEvent, HoldState, step
 
@@ -184,7 +185,7 @@ class PrefillSide:
             case wire.Ping():
                 pass
             case _:
-                raise wire.WireError(f"an unexpected {type(message).__name__}")
+                raise WireError(f"an unexpected {type(message).__name__}")
 
     def on_closed(self, channel: Channel) -> None:
         """A decode node is gone: nothing is kept for it."""

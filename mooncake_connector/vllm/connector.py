@@ -60,9 +60,9 @@ class MooncakeDisaggConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf
         self._worker: WorkerHalf
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(vllm_config, kv_cache_config, testing=settings.testing)
+            self._scheduler = SchedulerHalf(vllm_config, kv_cache_config, settings)
         else:
-            self._worker = WorkerHalf(vllm_config, kv_cache_config, settings)
+            self._worker = WorkerHalf(vllm_config, kv_cache_config, settings.config)
 
     # ---- scheduler
 
@@ -162,7 +162,9 @@ class MooncakeDisaggConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """End everything; pages are no longer touched."""
-        if self.role is KVConnectorRole.WORKER:
+        if self.role is KVConnectorRole.SCHEDULER:
+            self._scheduler.close()
+        else:
             self._worker.close()
 
     # ---- class

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from mooncake_connector.prompt_key import prompt_key
+from mooncake_connector.publish import Bootstrap
 from mooncake_connector.vllm.requests_in import DecodeRequests
 from mooncake_connector.vllm.requests_out import PrefillRequests
 from mooncake_connector.vllm.step import Endpoint, Step
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from mooncake_connector.vllm.settings import Settings
+
 log = logging.getLogger(__name__)
 
 
@@ -25,10 +28,13 @@ class SchedulerHalf:
     """Lives in vLLM's EngineCore process; every method is called from its one thread."""
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, testing: bool
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
     ) -> None:
-        """`testing`: requests may force a transport by `kv_transfer_params["test_protocol"]`."""
+        """Starts nothing; `set_endpoints` does."""
         transfer = vllm_config.kv_transfer_config
+        self._engine_id = transfer.engine_id
+        self._config = settings.config
+        self._bootstrap: Bootstrap | None = None
         self._step = Step()
         self._groups = kv_cache_config.transfer_group_ids
         page_size = vllm_config.cache_config.block_size
@@ -42,15 +48,24 @@ class SchedulerHalf:
             else None
         )
         self.into = (
-            DecodeRequests(page_size, windows, self._groups, testing=testing)
+            DecodeRequests(page_size, windows, self._groups, testing=settings.testing)
             if transfer.is_kv_consumer
             else None
         )
 
     def set_endpoints(self, endpoints: dict[int, Endpoint]) -> None:
         """Where each rank listens, by rank; once at start."""
-        if self.out is not None:
-            self.out.endpoints = [endpoints[rank] for rank in sorted(endpoints)]
+        if self.out is None:
+            return
+        self.out.endpoints = [endpoints[rank] for rank in sorted(endpoints)]
+        if self._config.bootstrap_port:
+            addresses = {rank: endpoint.address for rank, endpoint in endpoints.items()}
+            self._bootstrap = Bootstrap(self._config, self._engine_id, addresses)
+
+    def close(self) -> None:
+        """Stop the bootstrap server. Idempotent."""
+        if self._bootstrap is not None:
+            self._bootstrap.close()
 
     def on_new_request(self, request: Request) -> None:
         """A request arrived; also vLLM's notice that it rejected one."""

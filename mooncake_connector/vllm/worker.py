@@ -7,10 +7,12 @@ import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
+import vllm
 from mooncake_engine import TransferEngine
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+from mooncake_connector.cluster import NodeRecord
 from mooncake_connector.decode import FetchRequest
 from mooncake_connector.node import Node
 from mooncake_connector.peers import PeerRef
@@ -39,6 +41,7 @@ class WorkerHalf:
     def __init__(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: ConnectorConfig
     ) -> None:
+        """Nothing is opened before `register_kv_caches`."""
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._config = config
@@ -62,9 +65,19 @@ class WorkerHalf:
                 self._config, engine, engine_id=transfer.engine_id, spec=spec, layout=layout
             )
             opening.callback(self._node.close)
-            opening.enter_context(
-                Publication(self._config, engine.store, self._node, role=transfer.kv_role)
+            record = NodeRecord(
+                engine_id=transfer.engine_id,
+                rank=rank,
+                tp_size=spec.tp_size,
+                role=transfer.kv_role,
+                control=self._node.address,
+                incarnation=self._node.incarnation,
+                framework="vllm",
+                version=vllm.__version__,
+                http_url=self._config.http_url,
+                dp_rank=self._vllm_config.parallel_config.data_parallel_index,
             )
+            opening.enter_context(Publication(engine.store, self._node, record))
             self._opened = opening.pop_all()
         log.info(
             "rank %d of engine %s: %d pages of %d tokens, control endpoint %s",
