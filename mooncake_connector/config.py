@@ -5,6 +5,7 @@ Sources, later wins: defaults < file < environment < `kv_connector_extra_config`
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import ipaddress
 import json
@@ -80,12 +81,12 @@ def load_config(
     path = path or environ.get(env_table.CONFIG_PATH)
     if path:
         _apply_tree(_read(path), path, values, origins, unused)
-    _apply_environment(environ, values, origins, unused)
+    renamed = _apply_environment(environ, values, origins, unused)
     _apply_tree(extra or {}, EXTRA, values, origins, unused)
     config = config_fields.build(ConnectorConfig, values)
     _check_together(config)
     notices = [f"not applied: {', '.join(names)} ({why})" for why, names in unused.items()]
-    return LoadedConfig(config, origins, notices)
+    return LoadedConfig(config, origins, renamed + notices)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -154,9 +155,10 @@ def _apply_environment(
     values: dict[str, Any],
     origins: dict[str, str],
     unused: dict[str, list[str]],
-) -> None:
+) -> list[str]:
     # An empty variable is an unset one: that is how shells and manifests take one back.
     texts = {name: text for name, text in environ.items() if text.strip()}
+    renamed = []
     for variable in env_table.VARIABLES:
         if (text := texts.get(variable.name)) is None:
             continue
@@ -165,25 +167,39 @@ def _apply_environment(
             values[name] = config_fields.check(name, setting, FIELDS[name].type, variable.name)
             origins[name] = variable.name
         if variable.instead:
-            why = f"old misspelling, applied as {variable.instead}; use that name"
-            unused.setdefault(why, []).append(variable.name)
-    honoured = {variable.name for variable in env_table.VARIABLES} | {env_table.CONFIG_PATH}
+            renamed.append(
+                f"{variable.name} is applied; it is an old misspelling of {variable.instead}"
+            )
     for name in sorted(texts):
-        if not name.startswith(env_table.PREFIXES) or name in honoured:
-            continue
-        for why, patterns in env_table.NOT_APPLIED.items():
-            if _matches(name, patterns):
-                unused.setdefault(why, []).append(name)
-                break
-        else:
-            if not _matches(name, env_table.FOREIGN):
-                _refuse_variable(name, honoured)
+        why = _why_unused(name)
+        if why:
+            unused.setdefault(why, []).append(name)
+    return renamed
 
 
-def _refuse_variable(name: str, honoured: set[str]) -> NoReturn:
-    known = honoured.union(*env_table.NOT_APPLIED.values())
-    hint = config_fields.nearest(name, sorted(known)) or "; unset it"
-    raise ConfigError(f"unknown environment variable {name}{hint}")
+_HONOURED = {env_table.CONFIG_PATH, *(variable.name for variable in env_table.VARIABLES)}
+
+
+def _why_unused(name: str) -> str:
+    """Why a variable is not applied; empty when it is, or when it is not ours to judge.
+
+    Raises:
+        ConfigError: It has our prefix and nobody knows it.
+    """
+    prefix = next((p for p in env_table.PREFIXES if name.startswith(p)), "")
+    if not prefix or name in _HONOURED or _matches(name, env_table.FOREIGN):
+        return ""
+    for why, patterns in env_table.NOT_APPLIED.items():
+        if _matches(name, patterns):
+            return why
+    known = _HONOURED.union(*env_table.NOT_APPLIED.values())
+    # Without the prefix, which would make every two names look alike.
+    ends = {k.removeprefix(prefix): k for k in sorted(known) if k.startswith(prefix)}
+    hint = difflib.get_close_matches(name.removeprefix(prefix), ends, 1, 0.75)
+    if prefix == "MOONCAKE_" and not hint:
+        return env_table.STORE  # many programs of that project read a variable of this prefix
+    remedy = f"did you mean {ends[hint[0]]!r}?" if hint else "unset it"
+    raise ConfigError(f"unknown environment variable {name}; {remedy}")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
