@@ -29,7 +29,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=s
     """Base of all messages."""
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """Decode -> prefill, first. `expects` is prefill's incarnation, "" when not yet known."""
 
     version: int
@@ -41,7 +41,7 @@ class Hello(Message):
     heartbeat_s: float
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True, kw_only=True):
     """Prefill -> decode: where my pages are."""
 
     version: int
@@ -54,23 +54,23 @@ class Welcome(Message):
     heartbeat_s: float
 
 
-class Refused(Message):
+class Refused(Message, frozen=True, kw_only=True):
     """Prefill -> decode, instead of Welcome: the connection closes after it."""
 
     reason: str
 
 
-class Ping(Message):
+class Ping(Message, frozen=True, kw_only=True):
     """Both ways, every `heartbeat_interval_s`; says nothing but that the node lives."""
 
 
-class Claim(Message):
+class Claim(Message, frozen=True, kw_only=True):
     """Decode -> prefill: I will come for this transfer; if I die, do not keep it for me."""
 
     transfer_id: str
 
 
-class Subscribe(Message):
+class Subscribe(Message, frozen=True, kw_only=True):
     """Decode -> prefill: tell me its pages as they become final. Idempotent per reader.
 
     Attributes:
@@ -98,7 +98,7 @@ class Pages(msgspec.Struct, frozen=True, array_like=True):
     ids: bytes
 
 
-class Ready(Message):
+class Ready(Message, frozen=True, kw_only=True):
     """Prefill -> decode: these pages are final. One `Pages` per group; `last`: no more come."""
 
     transfer_id: str
@@ -108,7 +108,7 @@ class Ready(Message):
     last: bool
 
 
-class Gone(Message):
+class Gone(Message, frozen=True, kw_only=True):
     """Prefill -> decode, at any time: this attempt's pages are no more; `retry`: subscribe anew."""
 
     transfer_id: str
@@ -117,7 +117,7 @@ class Gone(Message):
     retry: bool
 
 
-class Release(Message):
+class Release(Message, frozen=True, kw_only=True):
     """Decode -> prefill, after all own reads completed: I need the pages no more. Idempotent."""
 
     transfer_id: str
@@ -126,7 +126,7 @@ class Release(Message):
     ok: bool
 
 
-class Released(Message):
+class Released(Message, frozen=True, kw_only=True):
     """Prefill -> decode: `held` when the pages were mine at every moment up to now."""
 
     transfer_id: str
@@ -140,7 +140,7 @@ AnyMessage = (
 )
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: Message) -> bytes:

@@ -177,7 +177,7 @@ class DecodeRequests:
             wrong = f"remote_endpoints is {addresses!r}, not a list of host:port"
         elif not isinstance(bootstrap, str) or not (addresses or bootstrap):
             wrong = "neither remote_endpoints nor remote_bootstrap_addr says where prefill is"
-        if wrong:
+        if wrong or not isinstance(transfer_id, str):
             log.warning(
                 "request %s is computed here, its kv_transfer_params cannot be used: %s",
                 request_id,
