@@ -122,9 +122,11 @@ class Peers:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, peer: Peer) -> None:
-        reason = "is shutting down"
+        reason = "is not used any more: this node shuts down"
+        opened = False
         try:
             channel = await self._connect(peer)
+            opened = True
             peer.opened(channel)
             reason = "is gone: " + await channel.run(lambda m: self._on_message(peer, m))
         except (PeerUnreachable, WireError, EngineError) as exc:
@@ -142,6 +144,8 @@ class Peers:
             if self._peers.get(peer.ref) is peer:
                 del self._peers[peer.ref]
             self._on_lost(peer, f"{peer.ref} {reason}")
+        if opened:  # not when cancelled: then the engine closes next, with all its segments
+            await asyncio.to_thread(peer.segment.close)
 
     async def _connect(self, peer: Peer) -> Channel:
         """Connect, exchange Hello and Welcome, check that a plan exists, open the segment."""
