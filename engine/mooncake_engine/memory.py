@@ -93,6 +93,14 @@ class RegionTable:
             self._regions[region.address] = region
             self._rebuild()
 
+    def at(self, address: int) -> Region:
+        """The region that starts at `address`; `InvalidTransfer` when there is none."""
+        with self._lock:
+            region = self._regions.get(address)
+        if region is None:
+            raise InvalidTransfer(f"no region starts at {address:#x}; nothing to unregister")
+        return region
+
     def remove(self, address: int) -> Region:
         """Unregister the region that starts at `address`; `InvalidTransfer` when there is none.
 

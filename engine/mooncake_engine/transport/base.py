@@ -33,6 +33,9 @@ import msgspec
 from mooncake_engine.types import Op
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mooncake_engine.config import EngineConfig
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
@@ -120,6 +123,10 @@ class Transport(abc.ABC):
         Raises:
             PathUnavailable: With the reason (not published, other machine, refused, dead).
         """
+
+    def allocate(self, length: int) -> NDArray[np.uint8] | None:  # noqa: ARG002 - for those who can
+        """`length` zero bytes that peers reach faster this way; None: any memory will do."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

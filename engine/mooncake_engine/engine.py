@@ -1,0 +1,360 @@
+"""`TransferEngine`: registers memory, opens peers, submits transfers. Decides little itself."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from typing import TYPE_CHECKING
+
+from mooncake_engine import slicing
+from mooncake_engine.batch import Batch
+from mooncake_engine.device import describe, is_device, pages
+from mooncake_engine.directory import Directory
+from mooncake_engine.errors import (
+    EngineClosed,
+    InvalidTransfer,
+    MetadataError,
+    OutOfBounds,
+    PathUnavailable,
+    UnknownSegment,
+)
+from mooncake_engine.grants import GrantTable
+from mooncake_engine.hosts import machine_id
+from mooncake_engine.inflight import InFlight
+from mooncake_engine.memory import RegionTable
+from mooncake_engine.peers import Peers
+from mooncake_engine.segment import connect
+from mooncake_engine.stats import Counters
+from mooncake_engine.transport import registry
+from mooncake_engine.types import Op, Region, SegmentRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from mooncake_engine.config import EngineConfig
+    from mooncake_engine.metadata.base import MetadataStore
+    from mooncake_engine.segment import Segment
+    from mooncake_engine.stats import Key, Totals
+    from mooncake_engine.transport.base import Transport
+    from mooncake_engine.types import Completion
+
+
+class TransferEngine:
+    """Moves bytes between memory registered here and memory registered by peers.
+
+    Safe to use from any thread. Close it, or use it as a context manager.
+
+    Attributes:
+        config: As given.
+        name: Under which peers find this engine.
+        incarnation: Random per start.
+        store: The metadata store in use.
+        transports: Those that started, by scheme. Test tools replace entries before a segment is
+            opened (`mooncake_engine.testing.faults`).
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, name: str = "", store: MetadataStore | None = None
+    ) -> None:
+        """Start the transports that `config.protocol` permits and publish an empty record.
+
+        Args:
+            config: Settings.
+            name: Name of our segment; empty: p2p's own address, else host, pid and random.
+            store: Used instead of the one that `config.metadata` describes; stays the caller's.
+
+        Raises:
+            ConfigError: A protocol or a name that cannot be.
+            PathUnavailable: No permitted transport starts on this machine.
+            MetadataError: The store cannot be reached.
+        """
+        self.config = config
+        self.incarnation = secrets.token_hex(16)
+        self.transports: dict[str, Transport] = {}
+        self._not_started: dict[str, str] = {}
+        self._machine = machine_id()
+        self._regions = RegionTable()
+        self._grants = GrantTable()
+        self._inflight = InFlight()
+        self._peers = Peers(self._connect)
+        self._counters = Counters()
+        self._closed = False
+        with contextlib.ExitStack() as opening:
+            self._start_transports(opening)
+            opening.callback(self._inflight.close)
+            opening.callback(self._peers.close)
+            self._directory = Directory(config, name, store)
+            opening.callback(self._directory.close)
+            self.name, self.store = self._directory.name, self._directory.store
+            self._publish()
+            self._opened = opening.pop_all()
+
+    def _start_transports(self, opening: contextlib.ExitStack) -> None:
+        config = self.config
+        for scheme in registry.preference(config.protocol, strict=config.strict_transport):
+            kind = registry.load(scheme)
+            try:
+                transport = kind(config, self._regions, self._grants, self.incarnation)
+            except PathUnavailable as error:
+                self._not_started[scheme] = str(error)
+                continue
+            opening.callback(transport.close)
+            self.transports[scheme] = transport
+        if not self.transports:
+            reasons = "; ".join(f"{scheme}: {why}" for scheme, why in self._not_started.items())
+            raise PathUnavailable(f"no transport starts on this machine: {reasons}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Withdraw our record, cancel every batch, wait for lanes, stop serving. Idempotent.
+
+        Blocks until no thread of ours touches registered memory. From a done callback the
+        calling thread itself cannot be waited for; it ends when the callback returns.
+        """
+        with self._inflight.lock:
+            self._closed = True
+        self._opened.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("the engine was closed; make a new one")
+
+    # Memory.
+
+    def register_memory(
+        self, memory: object, length: int | None = None, location: str = "cpu"
+    ) -> Region:
+        """Let peers and our own transfers use this memory; publishes the new record.
+
+        Args:
+            memory: An address (with `length` in bytes), a contiguous numpy array or torch tensor.
+                Arrays and tensors are kept alive until unregistered; memory behind a bare address
+                is the caller's to keep.
+            length: Bytes; only needed for an address.
+            location: "cpu" or "cuda:N"; a tensor knows its own.
+
+        Raises:
+            InvalidTransfer: Not contiguous, empty, or overlapping another region.
+            PathUnavailable: Device memory, and no started transport reaches such.
+            MetadataError: The store refuses the record; the memory is then not registered.
+        """
+        self._check_open()
+        region = describe(memory, length, location)
+        if is_device(region.location) and not any(
+            transport.capabilities.device_memory for transport in self.transports.values()
+        ):
+            raise PathUnavailable(
+                f"cannot register memory on {region.location}: none of the transports "
+                f"{', '.join(self.transports)} reaches device memory; keep it on the CPU, or run "
+                "where a transport that does is available"
+            )
+        self._regions.add(region)
+        try:
+            self._publish()
+        except BaseException:
+            self._regions.remove(region.address)
+            raise
+        return region
+
+    def unregister_memory(self, region: Region | int) -> None:
+        """Take back a region (or the one that starts at an address).
+
+        Peers' transfers that touch it are interrupted and have left when this returns.
+
+        Raises:
+            InvalidTransfer: No such region, or a batch of ours still uses it: cancel and wait.
+        """
+        self._check_open()
+        address = region.address if isinstance(region, Region) else region
+        with self._inflight.lock:  # no submit between the look and the removal
+            batch = self._inflight.touching(self._regions.at(address))
+            if batch is not None:
+                raise InvalidTransfer(
+                    f"cannot unregister the region at {address:#x}: {batch!r} uses it; "
+                    "cancel the batch and wait for its completion first"
+                )
+            self._regions.remove(address)
+        self._publish()
+
+    def allocate(self, length: int) -> NDArray[np.uint8]:
+        """`length` zero bytes, page aligned and registered, of the kind that peers reach best.
+
+        Peers on this machine can map it when the shm transport is on. Registered means kept
+        alive; unregister it by its region's address.
+        """
+        self._check_open()
+        if length <= 0:
+            raise InvalidTransfer(f"cannot allocate {length} bytes; ask for more than 0")
+        offers = (transport.allocate(length) for transport in self.transports.values())
+        memory = next((offer for offer in offers if offer is not None), None)
+        if memory is None:
+            memory = pages(length)
+        self.register_memory(memory)
+        return memory
+
+    # Peers.
+
+    def record(self) -> SegmentRecord:
+        """All that a peer needs to reach this engine, as of now."""
+        return SegmentRecord(
+            name=self.name,
+            incarnation=self.incarnation,
+            machine_id=self._machine,
+            regions=self._regions.records(),
+            endpoints={scheme: t.endpoint() for scheme, t in self.transports.items()},
+        )
+
+    def _publish(self) -> None:
+        self._directory.publish(self.record)
+
+    def open_segment(self, peer: str | SegmentRecord, *, protocol: str | None = None) -> Segment:
+        """Reach a peer by its name in the metadata store, or by its record.
+
+        Blocks up to the connect time-out of each transport tried. The same peer, incarnation and
+        protocol give the same segment; a new incarnation ends the old one's batches PEER_GONE.
+
+        Args:
+            peer: Name or record.
+            protocol: Only this transport, whatever the config prefers.
+
+        Raises:
+            UnknownSegment: No such name in the store.
+            PathUnavailable: No permitted transport reaches it; gives each one's reason.
+            ConfigError: No transport of that name.
+            MetadataError: The store cannot be reached.
+        """
+        self._check_open()
+        record = self._directory.look_up(peer) if isinstance(peer, str) else peer
+        return self._peers.open(record, protocol)
+
+    def _connect(self, record: SegmentRecord, protocol: str | None) -> Segment:
+        return connect(
+            record,
+            registry.preference(
+                protocol or self.config.protocol,
+                strict=protocol is not None or self.config.strict_transport,
+            ),
+            self.transports,
+            self._not_started,
+            own=self.record(),
+        )
+
+    # Transfers.
+
+    def submit(
+        self,
+        op: Op | str,
+        segment: Segment,
+        local: ArrayLike | Sequence[tuple[int, int, int]],
+        remote: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        grant: bytes = b"",
+        timeout: float | None = None,
+    ) -> Batch:
+        """Start a transfer; returns at once.
+
+        The arrays are copied. Runs may come in any order; sources may overlap, destinations not.
+        One thing may take the store's time-out: an address outside the peer's known regions makes
+        us look its record up once more, as it may have registered memory since.
+
+        Args:
+            op: "read" (remote to local) or "write".
+            segment: The peer.
+            local: Addresses in this process, uint64 of shape (n,); or, alone, a list of
+                (local address, remote address, length) tuples.
+            remote: Addresses in the peer's process, shape (n,).
+            lengths: Bytes of each run, > 0, shape (n,).
+            grant: Permission of the peer, opaque; empty: none needed beyond registration.
+            timeout: Seconds until TIMED_OUT; default `config.transfer_timeout_s`.
+
+        Raises:
+            InvalidTransfer: Arrays that describe no transfer.
+            OutOfBounds: An address that its side has not registered.
+            PathUnavailable: The segment's transport cannot do this.
+            EngineClosed: The engine was closed.
+        """
+        self._check_open()
+        op = _known_op(op, segment)
+        timeout = self.config.transfer_timeout_s if timeout is None else timeout
+        if not 0 < timeout < threading.TIMEOUT_MAX:
+            raise InvalidTransfer(f"a transfer cannot have {timeout} s; give more than 0")
+        given = slicing.descriptors(local, remote, lengths)
+        self._check_remote(segment, given)
+        runs = slicing.merge(op, given)
+        batch = Batch(
+            op=op,
+            path=segment.path,
+            runs=runs,
+            slices=slicing.cut(op, runs, grant, segment.link.slice_bytes, segment.link.lanes),
+            descriptors=int(given.lengths.size),
+            timeout=timeout,
+            stop=segment.worker.stop,
+            on_end=self._on_end,
+        )
+        with self._inflight.lock:  # no unregister and no close between the look and the `add`
+            self._check_open()
+            self._regions.check(runs.local, runs.lengths)
+            self._inflight.add(batch)
+        if batch.progress.ended:  # it has no runs
+            batch.finish(None)
+        else:
+            segment.worker.submit(batch)
+        return batch
+
+    def _check_remote(self, segment: Segment, runs: slicing.Runs) -> None:
+        try:
+            segment.check(runs.remote, runs.lengths)
+        except OutOfBounds as error:
+            try:
+                record = self._directory.look_up(segment.name)
+            except (UnknownSegment, MetadataError):
+                raise error from None  # the first error is the one that the caller can act on
+            if record.incarnation != segment.incarnation:
+                raise OutOfBounds(
+                    f"{error}; {segment.name} was restarted meanwhile, open the segment again"
+                ) from None
+            segment.update(record)
+            segment.check(runs.remote, runs.lengths)
+
+    def _on_end(self, batch: Batch, completion: Completion) -> None:
+        self._inflight.discard(batch)
+        self._counters.count(batch.op, completion)
+
+    def grant(self, token: bytes) -> None:
+        """Serve slices that carry `token` from now on."""
+        self._check_open()
+        self._grants.add(token)
+
+    def revoke(self, token: bytes) -> None:
+        """Serve `token` no more; when this returns nobody is being served under it. Idempotent."""
+        self._grants.revoke(token)
+
+    def statistics(self) -> dict[Key, Totals]:
+        """Sums over ended batches by (scheme, op, status)."""
+        return self._counters.snapshot()
+
+
+def _known_op(op: Op | str, segment: Segment) -> Op:
+    try:
+        known = Op(op)
+    except ValueError as error:
+        raise InvalidTransfer(f"operation {op!r}: use 'read' or 'write'") from error
+    if known not in segment.capabilities.ops:
+        raise PathUnavailable(f"{segment.path.scheme} cannot {known}; open another path")
+    return known

@@ -1,0 +1,138 @@
+"""A peer as this engine sees it: what it registered, and the link that reaches it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from mooncake_engine.batch import Failure
+from mooncake_engine.device import is_device
+from mooncake_engine.errors import PathUnavailable
+from mooncake_engine.memory import Bounds
+from mooncake_engine.types import Path, Status
+from mooncake_engine.worker import LinkWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mooncake_engine.transport.base import Capabilities, Link, Transport
+    from mooncake_engine.types import SegmentRecord, Uint64s
+
+_log = logging.getLogger(__name__)
+
+
+class Segment:
+    """One incarnation of a peer over one path; made by `TransferEngine.open_segment`.
+
+    Shared by all who open the same one: closing it ends it for all of them.
+    """
+
+    def __init__(
+        self, record: SegmentRecord, link: Link, capabilities: Capabilities, path: Path
+    ) -> None:
+        self.path = path
+        self.capabilities = capabilities
+        self.link = link
+        self.worker = LinkWorker(link, f"{path.scheme} to {record.name}")
+        self._lock = threading.Lock()  # guards the swap of _known and _closed
+        self._known = (record, Bounds((r.address, r.length) for r in record.regions))
+        self._closed = False
+
+    @override
+    def __repr__(self) -> str:
+        return f"<Segment {self.name} over {self.path.scheme}>"
+
+    @property
+    def name(self) -> str:
+        """The peer's name in the metadata store."""
+        return self.record.name
+
+    @property
+    def incarnation(self) -> str:
+        """Which start of the peer this is."""
+        return self.record.incarnation
+
+    @property
+    def record(self) -> SegmentRecord:
+        """The peer's record as last seen."""
+        return self._known[0]
+
+    @property
+    def closed(self) -> bool:
+        """Whether batches submitted now end at once without moving a byte."""
+        return self._closed
+
+    def update(self, record: SegmentRecord) -> None:
+        """Take a newer record of the same incarnation."""
+        if record.incarnation != self.incarnation:
+            raise ValueError(f"{record.name} is another incarnation now; open it again")
+        with self._lock:
+            self._known = (record, Bounds((r.address, r.length) for r in record.regions))
+
+    def check(self, addresses: Uint64s, lengths: Uint64s) -> None:
+        """Raise `OutOfBounds` unless the peer registered each run."""
+        self._known[1].check(addresses, lengths, self.name)
+
+    def close(self, failure: Failure | None = None) -> None:
+        """End its batches (CANCELLED unless `failure` says otherwise), threads and sockets.
+
+        Blocks until every lane let go of local memory. Idempotent.
+        """
+        with self._lock:
+            self._closed = True
+        self.worker.close(
+            failure or Failure(Status.CANCELLED, f"the segment {self.name} was closed")
+        )
+
+
+def connect(
+    peer: SegmentRecord,
+    order: Sequence[str],
+    transports: Mapping[str, Transport],
+    not_started: Mapping[str, str],
+    *,
+    own: SegmentRecord,
+) -> Segment:
+    """Open the first path of `order` that reaches the peer; keep why the others did not.
+
+    Raises:
+        PathUnavailable: None does; the message gives each one's reason.
+    """
+    refusals: list[str] = []
+    for scheme in order:
+        transport = transports.get(scheme)
+        if transport is None:
+            refusals.append(f"{scheme}: {not_started.get(scheme, 'not started by this engine')}")
+            continue
+        refusal = refuse(transport, peer, own)
+        if refusal is None:
+            try:
+                link = transport.connect(peer)
+            except PathUnavailable as error:
+                refusal = str(error)
+        if refusal is not None:
+            refusals.append(f"{scheme}: {refusal}")
+            continue
+        where = "same machine" if peer.machine_id == own.machine_id else "other machine"
+        rest = order[len(refusals) + 1 :]
+        untried = f"{', '.join(rest)} not tried" if rest else "no other is permitted"
+        reason = "; ".join([where, *refusals] if refusals else [where, untried])
+        if refusals:
+            _log.warning("%s is reached over %s, since %s", peer.name, scheme, "; ".join(refusals))
+        return Segment(peer, link, transport.capabilities, Path(scheme, reason))
+    raise PathUnavailable(f"no path to {peer.name}: {'; '.join(refusals)}")
+
+
+def refuse(transport: Transport, peer: SegmentRecord, own: SegmentRecord) -> str | None:
+    """Why a transport cannot serve this peer, as far as records tell; None: try to connect."""
+    if transport.scheme not in peer.endpoints:
+        return f"{peer.name} does not offer it"
+    if transport.capabilities.same_machine_only and peer.machine_id != own.machine_id:
+        return f"{peer.name} is on another machine"
+    devices = {r.location for r in (*own.regions, *peer.regions) if is_device(r.location)}
+    if devices and not transport.capabilities.device_memory:
+        return f"it cannot reach memory on {', '.join(sorted(devices))}"
+    return None

@@ -1,0 +1,247 @@
+"""The threads that drive one link's lanes: slices in, ended batches out.
+
+Each thread owns one lane at a time and takes one slice at a time, round robin over the link's
+batches, so that a small batch does not wait behind a big one. Threads start when slices wait and
+end when they were idle for `idle_s`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from mooncake_engine.batch import Failure
+from mooncake_engine.errors import LaneError
+from mooncake_engine.types import Status
+
+if TYPE_CHECKING:
+    from mooncake_engine.batch import Batch
+    from mooncake_engine.transport.base import Lane, Link
+    from mooncake_engine.types import Slice
+
+_log = logging.getLogger(__name__)
+
+#: Idle lanes are closed after this: a reconnect costs about 1 ms, an idle lane costs the peer a
+#: thread.
+IDLE_S = 30.0
+#: `close` waits this long for lanes: an interrupted move returns within 100 ms, a connect within
+#: its time-out (5 s by default).
+JOIN_S = 10.0
+#: A peer that refuses one more lane is not asked at every submit.
+HIRE_AGAIN_S = 5.0
+
+
+class _Hand:
+    """One thread and its lane; fields are guarded by the worker's lock."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread
+        self.lane: Lane | None = None
+        self.batch: Batch | None = None
+        self.spent = False  # the lane was interrupted or broke; it must not be used again
+
+
+class LinkWorker:
+    """Moves batches over one link. Safe to call from any thread."""
+
+    def __init__(self, link: Link, name: str, *, idle_s: float = IDLE_S) -> None:
+        """Args: name: what the threads are called, e.g. "tcp to host:15001"."""
+        self._link = link
+        self._name = name
+        self._idle_s = idle_s
+        self._lock = threading.Lock()  # guards all below and the progress of every batch here
+        self._work = threading.Condition(self._lock)
+        self._ready: deque[Batch] = deque()  # batches with waiting slices
+        self._waiting = 0  # slices in _ready
+        self._hands: set[_Hand] = set()
+        self._idle = 0
+        self._hire_again_at = 0.0
+        self._closed: Failure | None = None
+
+    def submit(self, batch: Batch) -> None:
+        """Queue a batch that has slices. Never waits for a lane."""
+        with self._lock:
+            if self._closed is None:
+                self._ready.append(batch)
+                self._waiting += batch.progress.waiting
+                self._work.notify(batch.progress.waiting)
+                finished = self._hire()
+            else:
+                finished = [batch] if batch.progress.stop(self._closed) else []
+        self._finish(finished)
+
+    def stop(self, batch: Batch, failure: Failure) -> None:
+        """End a batch early: drop what waits, interrupt the lanes that move its slices.
+
+        Returns at once. The batch ends when the last of those lanes returned. No effect on an
+        ended batch.
+        """
+        with self._lock:
+            finished = [batch] if self._stop(batch, failure) else []
+        self._finish(finished)
+
+    def stop_all(self, failure: Failure) -> None:
+        """Take no more batches and end those under way. Returns at once; idempotent."""
+        with self._lock:
+            self._closed = self._closed or failure
+            moving = {hand.batch for hand in self._hands if hand.batch is not None}
+            finished = [batch for batch in {*self._ready, *moving} if self._stop(batch, failure)]
+            self._work.notify_all()
+        self._finish(finished)
+
+    def close(self, failure: Failure) -> None:
+        """End every batch with `failure`, then threads, lanes and link. Blocks; idempotent."""
+        self.stop_all(failure)
+        with self._lock:
+            hands = list(self._hands)
+        end = time.monotonic() + JOIN_S
+        for hand in hands:
+            if hand.thread is threading.current_thread():
+                continue  # closed from a done callback: this thread ends when that returns
+            hand.thread.join(max(0.0, end - time.monotonic()))
+            if hand.thread.is_alive():
+                _log.error("a lane of %s did not return within %.0f s", self._name, JOIN_S)
+        self._link.close()
+
+    @staticmethod
+    def _finish(batches: list[Batch]) -> None:
+        """End batches, outside the lock: their callbacks may submit or cancel."""
+        for batch in batches:
+            batch.finish(batch.progress.failure)
+
+    # Below: called with the lock held.
+
+    def _stop(self, batch: Batch, failure: Failure) -> bool:
+        """True: nothing of the batch moves and the caller must finish it."""
+        dropped = batch.progress.waiting
+        finished = batch.progress.stop(failure)
+        if dropped:
+            self._waiting -= dropped
+            if batch in self._ready:
+                self._ready.remove(batch)
+        for hand in self._hands:
+            # Under the lock, else the lane might have gone on to another batch meanwhile.
+            if hand.batch is batch and hand.lane is not None and not hand.spent:
+                hand.spent = True
+                hand.lane.interrupt()
+        return finished
+
+    def _stop_queued(self, failure: Failure) -> list[Batch]:
+        return [batch for batch in tuple(self._ready) if self._stop(batch, failure)]
+
+    def _hire(self) -> list[Batch]:
+        """Start threads for waiting slices; returns batches to finish when none can start."""
+        missing = min(self._waiting - self._idle, self._link.lanes - len(self._hands))
+        if self._hands and time.monotonic() < self._hire_again_at:
+            return []
+        for _ in range(missing):
+            hand = _Hand()
+            hand.thread = threading.Thread(
+                target=self._run, args=(hand,), name=f"mooncake {self._name}", daemon=True
+            )
+            try:
+                hand.thread.start()
+            except RuntimeError as error:  # the system has no more threads
+                if self._hands:
+                    return []
+                return self._stop_queued(Failure(Status.FAILED, f"cannot start a thread: {error}"))
+            self._hands.add(hand)
+        return []
+
+    def _await_work(self) -> bool:
+        """Wait for a waiting slice. False: idle for too long, or closed."""
+        while not self._ready and self._closed is None:
+            self._idle += 1
+            try:
+                woken = self._work.wait(self._idle_s)
+            finally:
+                self._idle -= 1
+            if not woken and not self._ready:
+                return False
+        return self._closed is None
+
+    # Below: one thread's life.
+
+    def _run(self, hand: _Hand) -> None:
+        while True:
+            with self._lock:
+                if not self._await_work():
+                    self._hands.discard(hand)
+                    return
+            failure = self._open(hand)
+            if failure is not None:
+                self._give_up(hand, failure)
+                return
+            try:
+                while (job := self._take(hand)) is not None:
+                    self._serve(hand, *job)
+            finally:
+                self._drop_lane(hand)
+
+    def _open(self, hand: _Hand) -> Failure | None:
+        try:
+            lane = self._link.open_lane()
+        except LaneError as error:
+            return Failure(error.status, str(error))
+        except Exception as error:  # noqa: BLE001 - a bug in a transport must not end this thread
+            _log.exception("opening a lane of %s failed unexpectedly", self._name)
+            return Failure(Status.FAILED, f"opening a lane of {self._name} failed: {error!r}")
+        with self._lock:
+            hand.lane, hand.spent = lane, False
+        return None
+
+    def _give_up(self, hand: _Hand, failure: Failure) -> None:
+        """This thread got no lane. The last one without a lane fails what is queued."""
+        with self._lock:
+            self._hands.discard(hand)
+            if self._hands:  # they have lanes, or will give up themselves
+                self._hire_again_at = time.monotonic() + HIRE_AGAIN_S
+                return
+            finished = self._stop_queued(failure)
+        self._finish(finished)
+
+    def _take(self, hand: _Hand) -> tuple[Batch, Lane, Slice] | None:
+        """Wait for a slice. None: the lane is spent, was idle for too long, or we are closed."""
+        with self._lock:
+            if hand.lane is None or hand.spent or not self._await_work():
+                return None
+            batch = self._ready.popleft()
+            piece = batch.progress.take()
+            self._waiting -= 1
+            if batch.progress.waiting:
+                self._ready.append(batch)
+            if batch.first_taken is None:
+                batch.first_taken = time.monotonic()
+            hand.batch = batch
+            return batch, hand.lane, piece
+
+    def _serve(self, hand: _Hand, batch: Batch, lane: Lane, piece: Slice) -> None:
+        failure: Failure | None = None
+        try:
+            lane.move(piece, batch.deadline)
+        except LaneError as error:
+            failure = Failure(error.status, str(error))
+        except Exception as error:  # noqa: BLE001 - a bug in a transport must not end this thread
+            _log.exception("a lane of %s failed unexpectedly", self._name)
+            failure = Failure(Status.FAILED, f"moving over {self._name} failed: {error!r}")
+        with self._lock:
+            hand.batch = None
+            # Only a refusal leaves both ends of a lane in step; after the rest it is unusable.
+            hand.spent |= failure is not None and failure.status is not Status.REFUSED
+            if failure is not None and batch.progress.waiting:
+                self._waiting -= batch.progress.waiting
+                self._ready.remove(batch)
+            finished = [batch] if batch.progress.returned(failure) else []
+        self._finish(finished)
+
+    def _drop_lane(self, hand: _Hand) -> None:
+        with self._lock:
+            lane, hand.lane = hand.lane, None
+        if lane is not None:
+            try:
+                lane.close()
+            except Exception:  # noqa: BLE001 - a bug in a transport must not end this thread
+                _log.exception("closing a lane of %s failed", self._name)
