@@ -134,6 +134,23 @@ def build(struct: type[S], values: Mapping[str, object], prefix: str = "") -> S:
     return struct(**parts)
 
 
+def values_of(struct: msgspec.Struct, prefix: str = "") -> dict[str, object]:
+    """The settings that `struct` holds, by dotted name."""
+    values: dict[str, object] = {}
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        if isinstance(value, msgspec.Struct):
+            values |= values_of(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def show(value: object) -> str:
+    """A setting as it is written in JSON."""
+    return msgspec.json.encode(value).decode()
+
+
 def describe(kind: Any) -> str:  # noqa: ANN401  # an annotation
     """What a value of this type looks like, for an error message."""
     match inspect.type_info(kind):
