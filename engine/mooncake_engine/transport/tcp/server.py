@@ -7,11 +7,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mooncake_engine.transport.tcp import sockets, wire
 from mooncake_engine.transport.tcp.serving import Serving
-from mooncake_engine.transport.tcp.stream import DeadlinePassed, Stream, buffer_of, whole
+from mooncake_engine.transport.tcp.stream import DeadlinePassed, Stream
 
 if TYPE_CHECKING:
     import socket
@@ -122,16 +120,13 @@ class Server:
     def _greet(self, stream: Stream, peer: str) -> bool:
         """Handshake; True when the lane may be served."""
         deadline = time.monotonic() + self._config.connect_timeout_s
-        hello = np.empty(wire.HELLO.size, np.uint8)
-        magic, rest = np.split(hello, [len(wire.MAGIC)])
-        stream.receive(whole(magic), deadline)
-        wire.check_magic(magic.tobytes())  # a stranger is found out by its first bytes
-        stream.receive(whole(rest), deadline)
-        verdict = self._judge(stream, *wire.unpack_hello(hello.tobytes()))
+        magic = stream.receive_bytes(len(wire.MAGIC), deadline)
+        wire.check_magic(magic)  # a stranger is found out by its first bytes
+        rest = stream.receive_bytes(wire.HELLO.size - len(wire.MAGIC), deadline)
+        verdict = self._judge(stream, *wire.unpack_hello(magic + rest))
         if verdict is not wire.Verdict.WELCOME:
             _log.info("refused a tcp lane of %s: %s", peer, verdict.name)
-        answer = buffer_of(wire.pack_welcome(verdict, self._incarnation))
-        stream.send(whole(answer), deadline)
+        stream.send_bytes(wire.pack_welcome(verdict, self._incarnation), deadline)
         return verdict is wire.Verdict.WELCOME
 
     def _judge(self, stream: Stream, version: int, wanted: str) -> wire.Verdict:

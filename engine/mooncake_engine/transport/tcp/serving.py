@@ -71,17 +71,17 @@ class Serving:
         try:
             with self._permission(addresses, lengths, grant):
                 if request.op is Op.READ:
-                    answer = buffer_of(wire.pack_answer(Status.OK, request.request_id))
-                    self._stream.send(framed(answer, addresses, lengths))
+                    head = buffer_of(wire.pack_answer(Status.OK, request.request_id))
+                    self._stream.send(framed(head, addresses, lengths))
                     return
                 self._stream.receive(iovecs(addresses, lengths))
         except (LaneError, OutOfBounds) as refusal:  # raised only before a byte moved
             if request.op is Op.WRITE:
                 self._drain(request.nbytes)
-            answer = buffer_of(wire.pack_answer(Status.REFUSED, request.request_id, str(refusal)))
+            answer = wire.pack_answer(Status.REFUSED, request.request_id, str(refusal))
         else:
-            answer = buffer_of(wire.pack_answer(Status.OK, request.request_id))
-        self._stream.send(whole(answer))
+            answer = wire.pack_answer(Status.OK, request.request_id)
+        self._stream.send_bytes(answer)
 
     @contextlib.contextmanager
     def _permission(self, addresses: Uint64s, lengths: Uint64s, grant: bytes) -> Iterator[None]:

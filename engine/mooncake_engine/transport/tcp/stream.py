@@ -91,6 +91,17 @@ class Stream:
         """Hand all bytes of `runs`, which are used up by it, to the kernel. Raises as `receive`."""
         self._move(self._send_some, runs, _SEND, deadline)
 
+    def send_bytes(self, data: bytes, deadline: float | None = None) -> None:
+        """Send a short frame. Raises as `receive`."""
+        self.send(whole(buffer := buffer_of(data)), deadline)
+        del buffer  # the iovec kept only its address
+
+    def receive_bytes(self, size: int, deadline: float | None = None) -> bytes:
+        """Receive exactly `size` bytes, a checked number. Raises as `receive`."""
+        buffer = np.empty(size, np.uint8)
+        self.receive(whole(buffer), deadline)
+        return buffer.tobytes()
+
     def shutdown(self) -> None:
         """End both directions: a blocked call returns at once. Any thread; idempotent."""
         with self._open, contextlib.suppress(OSError):  # closed, or the peer was faster

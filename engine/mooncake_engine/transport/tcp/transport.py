@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
-import numpy as np
 from typing_extensions import override
 
 from mooncake_engine.errors import LaneError, PathUnavailable
 from mooncake_engine.transport.base import Capabilities, Lane, Link, Transport
 from mooncake_engine.transport.tcp import sockets, wire
-from mooncake_engine.transport.tcp.lane import TcpLane, explain
+from mooncake_engine.transport.tcp.dialer import Dialer
+from mooncake_engine.transport.tcp.lane import TcpLane
 from mooncake_engine.transport.tcp.server import Server
-from mooncake_engine.transport.tcp.stream import DeadlinePassed, Stream, buffer_of, whole
-from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
     from mooncake_engine.config import EngineConfig
@@ -36,81 +33,27 @@ class TcpEndpoint(msgspec.Struct, frozen=True):
 class TcpLink(Link):
     """One peer, reached over TCP."""
 
-    def __init__(self, config: EngineConfig, peer: SegmentRecord, endpoint: TcpEndpoint) -> None:
+    def __init__(self, config: EngineConfig, dialer: Dialer) -> None:
         """Open the first lane, which proves that the peer is there. Raises `LaneError`."""
         self.lanes = config.tcp.lanes_per_peer
         self.slice_bytes = config.tcp.slice_bytes
-        self._timeout_s = config.connect_timeout_s
-        self._endpoint = endpoint
-        self._incarnation = peer.incarnation
-        self._peer = f"{peer.name} at {sockets.host_port(endpoint.host, endpoint.port)}"
+        self._dialer = dialer
         self._lock = threading.Lock()  # guards _first
-        self._first: Lane | None = self._open()
+        self._first: Lane | None = TcpLane(dialer)
 
     @override
     def open_lane(self) -> Lane:
-        with self._lock:
-            lane, self._first = self._first, None
-        return lane or self._open()
+        return self._take_first() or TcpLane(self._dialer)
 
     @override
     def close(self) -> None:
-        with self._lock:
-            lane, self._first = self._first, None
-        if lane:
+        if lane := self._take_first():
             lane.close()
 
-    def _open(self) -> Lane:
-        deadline = time.monotonic() + self._timeout_s
-        try:
-            stream = Stream(sockets.dial(self._endpoint.host, self._endpoint.port, self._timeout_s))
-        except (OSError, ValueError) as failure:  # ValueError: a host that no name can be
-            raise LaneError(
-                Status.PEER_GONE,
-                f"cannot connect to {self._peer}: {failure}; is the engine running, and is the "
-                "port reachable from here?",
-            ) from failure
-        try:
-            self._greet(stream, deadline)
-        except BaseException:
-            stream.close()
-            raise
-        return TcpLane(stream, self._peer)
-
-    def _greet(self, stream: Stream, deadline: float) -> None:
-        buffer = np.empty(wire.WELCOME.size, np.uint8)
-        try:
-            stream.send(whole(buffer_of(wire.pack_hello(self._incarnation))), deadline)
-            stream.receive(whole(buffer), deadline)
-            welcome = wire.unpack_welcome(buffer.tobytes())
-        except DeadlinePassed as silence:
-            raise LaneError(
-                Status.PEER_GONE,
-                f"{self._peer} took the connection and said nothing for {self._timeout_s:g} s; "
-                "it is stopped, or another program has that port",
-            ) from silence
-        except (OSError, EOFError, wire.Malformed) as failure:
-            raise LaneError(
-                Status.PEER_GONE, f"no greeting from {self._peer}: {explain(failure)[1]}"
-            ) from failure
-        if welcome.verdict is wire.Verdict.OTHER_INCARNATION:
-            raise LaneError(
-                Status.PEER_GONE,
-                f"{self._peer} is incarnation {welcome.incarnation} now, not {self._incarnation}: "
-                "the engine restarted and its old addresses are void; look its segment up again",
-            )
-        if welcome.verdict is wire.Verdict.LANES_FULL:
-            raise LaneError(
-                Status.REFUSED,
-                f"{self._peer} serves as many lanes as it may; raise tcp.max_served_lanes there "
-                "or lower tcp.lanes_per_peer here",
-            )
-        if welcome.verdict is wire.Verdict.OTHER_VERSION:
-            raise LaneError(
-                Status.FAILED,
-                f"{self._peer} speaks version {welcome.version} of the tcp protocol, we speak "
-                f"{wire.VERSION}; run the same release on both",
-            )
+    def _take_first(self) -> Lane | None:
+        with self._lock:
+            lane, self._first = self._first, None
+            return lane
 
 
 class TcpTransport(Transport):
@@ -153,8 +96,15 @@ class TcpTransport(Transport):
                 f"the tcp endpoint that {peer.name} published cannot be read ({bad}); run the "
                 "same release on both"
             ) from bad
+        dialer = Dialer(
+            endpoint.host,
+            endpoint.port,
+            name=peer.name,
+            incarnation=peer.incarnation,
+            timeout_s=self.config.connect_timeout_s,
+        )
         try:
-            return TcpLink(self.config, peer, endpoint)
+            return TcpLink(self.config, dialer)
         except LaneError as failure:
             raise PathUnavailable(str(failure)) from failure
 
