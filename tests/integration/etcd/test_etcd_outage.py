@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from mooncake_engine.errors import MetadataError
+
+
+def test_with_the_server_away_reading_fails_within_the_timeout(etcd, stores):
+    store = stores(etcd.address, timeout_s=1.0)
+    store.put("a", b"1")
+    etcd.kill()
+    for read in (lambda: store.get("a"), lambda: store.list("")):
+        start = time.monotonic()
+        with pytest.raises(MetadataError, match=rf"no etcd answered within 1 s.*{etcd.address}"):
+            read()
+        assert time.monotonic() - start < 1.5
+
+
+def test_the_first_put_without_a_server_says_which_endpoint_is_dead(cold_etcd, stores):
+    store = stores(cold_etcd.address, timeout_s=0.5)
+    with pytest.raises(MetadataError, match=rf"{cold_etcd.address}.*refused.*endpoints"):
+        store.put("a", b"1")
+
+
+def test_what_is_put_and_deleted_during_an_outage_happens_after_it(etcd, stores, seen):
+    store = stores(etcd.address)
+    store.put("a", b"1")
+    store.put("b", b"2")
+    etcd.kill()
+    store.put("c", b"3")
+    start = time.monotonic()
+    store.put("a", b"later")
+    store.delete("b")
+    assert time.monotonic() - start < 1  # the outage is known by now: nobody waits for it
+    etcd.start()
+    stores(etcd.address).watch("", seen)
+    seen.until({"a": b"later", "c": b"3"})
+
+
+def test_an_empty_restart_brings_all_keys_back_and_nobody_is_reported_gone(etcd, stores, seen):
+    first, second = stores(etcd.address), stores(etcd.address)
+    first.put("nodes/a", b"1")
+    second.put("nodes/b", b"2")
+    stores(etcd.address, lease_ttl_s=10).watch("nodes/", seen)
+    seen.until({"nodes/a": b"1", "nodes/b": b"2"})
+    etcd.restart_empty()
+    second.put("nodes/c", b"3")  # so the watch has something to hear of after its reconnect
+    seen.until({"nodes/a": b"1", "nodes/b": b"2", "nodes/c": b"3"})
+    reader = stores(etcd.address)
+    deadline = time.monotonic() + 10
+    pause = threading.Event()
+    while len(reader.list("nodes/")) < 3 and time.monotonic() < deadline:
+        pause.wait(0.05)
+    assert reader.list("nodes/") == seen.now
+    assert seen.gone == []
+    assert seen.events.count(("nodes/a", b"1")) == 1  # the same record is no change
+
+
+def test_after_an_empty_restart_a_dead_publisher_is_gone_after_one_lease(
+    etcd, stores, seen, publish
+):
+    process = publish(etcd.address, "nodes/dead", "1")
+    alive = stores(etcd.address)
+    alive.put("nodes/alive", b"2")
+    stores(etcd.address, lease_ttl_s=3).watch("nodes/", seen)
+    seen.until({"nodes/dead": b"1", "nodes/alive": b"2"})
+    etcd.kill()
+    process.send_signal(signal.SIGKILL)
+    shutil.rmtree(etcd.data)
+    etcd.start()
+    back = time.monotonic()
+    seen.until({"nodes/alive": b"2"}, within=10)
+    assert time.monotonic() - back > 2  # the lease's time was granted, from the reconnect on
+    assert seen.gone == ["nodes/dead"]
+
+
+def test_peers_stay_known_for_as_long_as_the_server_is_away(etcd, stores, seen):
+    publisher = stores(etcd.address)
+    publisher.put("nodes/a", b"1")
+    stores(etcd.address, lease_ttl_s=2, timeout_s=0.5).watch("nodes/", seen)
+    seen.until({"nodes/a": b"1"})
+    etcd.kill()
+    seen.stays(4)  # twice the lease
+    etcd.start()
+    publisher.put("nodes/b", b"2")
+    seen.until({"nodes/a": b"1", "nodes/b": b"2"})
+    assert seen.gone == []
+
+
+def test_a_key_deleted_behind_a_cut_line_is_gone_at_once_when_the_server_kept_its_data(
+    etcd, stores, seen
+):
+    publisher = stores(etcd.address)
+    publisher.put("nodes/a", b"1")
+    publisher.put("nodes/b", b"2")
+    with Relay(etcd.port) as relay:
+        watcher = stores(relay.address, lease_ttl_s=3600)
+        watcher.watch("nodes/", seen)
+        seen.until({"nodes/a": b"1", "nodes/b": b"2"})
+        relay.cut()
+        publisher.delete("nodes/a")
+        publisher.put("nodes/b", b"new")
+        relay.mend()
+        seen.until({"nodes/b": b"new"}, within=10)  # not after the lease of an hour
+        watcher.close()
+
+
+def test_close_is_quick_while_the_server_is_away(etcd, stores, seen):
+    store = stores(etcd.address, timeout_s=20.0)
+    store.put("a", b"1")
+    store.watch("", seen)
+    seen.until({"a": b"1"})
+    etcd.kill()
+    start = time.monotonic()
+    store.close()
+    assert time.monotonic() - start < 3
+
+
+class Relay:
+    """A TCP line to a port of this machine that can be cut and mended."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._mended = threading.Event()
+        self._mended.set()
+        self._ends: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        self._listener.close()
+        for end in self._ends:
+            end.close()
+
+    def cut(self) -> None:
+        self._mended.clear()
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._mended.set()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self._ends.append(near)
+                if not self._mended.is_set():
+                    near.shutdown(socket.SHUT_RDWR)
+                    continue
+                far = socket.create_connection(("127.0.0.1", self._port))
+                self._ends.append(far)
+                for pair in ((near, far), (far, near)):
+                    thread = threading.Thread(target=self._copy, args=pair)
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
