@@ -6,6 +6,7 @@ descriptor over an abstract unix socket, which needs no permission to ptrace.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import hashlib
@@ -17,6 +18,7 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -64,17 +66,21 @@ class Arena:
         # both: the reader has them at unrelated addresses. The page is never backed.
         usable = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         total = usable + mmap.PAGESIZE
+        if usable > (free := available_bytes()):  # fallocate would not fail, the OOM killer comes
+            raise EngineError(
+                f"cannot allocate {length} bytes of shared memory: this machine has {free} to "
+                "give; ask for less"
+            )
         self.fd = os.memfd_create("mooncake-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, total)
-            os.posix_fallocate(self.fd, 0, usable)  # short of memory: an error now, no SIGBUS later
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)  # a reader can trust the size
             mapping = mmap.mmap(self.fd, total)
-        except (OSError, ValueError, OverflowError) as error:
+        except (OSError, ValueError) as error:
             os.close(self.fd)
             raise EngineError(
-                f"cannot allocate {length} bytes of shared memory: {error}; ask for less, or "
-                "give this machine or container more memory"
+                f"cannot allocate {length} bytes of shared memory: {error}; look at the limits of "
+                "this process (descriptors, address space)"
             ) from error
         self.array: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8, count=length)
         self.address: int = self.array.__array_interface__["data"][0]
@@ -141,11 +147,12 @@ class ArenaServer:
                 tuple((arena.address, arena.length) for arena in part),
                 more=start + FDS_PER_OFFER < len(arenas),
             )
+            fds = array.array("i", [arena.fd for arena in part])
             try:
-                socket.send_fds(
-                    reader,
+                # Not socket.send_fds, which drops its flags (CPython 3.11 to 3.13).
+                reader.sendmsg(
                     [msgspec.msgpack.encode(offer)],
-                    [arena.fd for arena in part],
+                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)],
                     socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
                 )
             except OSError as error:
@@ -236,6 +243,14 @@ class ArenaServer:
         with self._lock:
             self._readers.discard(sock)
         sock.close()
+
+
+def available_bytes() -> int:
+    """Memory that this machine can give without swapping, as the kernel estimates it."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise EngineError("/proc/meminfo names no MemAvailable; a kernel since 3.14 does")
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import fcntl
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mooncake_engine.types import RegionRecord, Uint64s
-
-_TICK_S = 1  # of the socket's time-outs; the deadline is looked at in between
 
 
 class ArenaReader:
@@ -72,9 +71,8 @@ class ArenaReader:
             raise
 
     def _connect(self, name: str, nonce: bytes, deadline: float) -> None:
-        tick = struct.pack("ll", _TICK_S, 0)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        wait = struct.pack("ll", 1 + int(deadline - time.monotonic()), 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)  # a full backlog
         self._socket.connect(b"\0" + name.encode())
         pid, _, _ = peer_credentials(self._socket)
         if not pid:
@@ -88,12 +86,13 @@ class ArenaReader:
         self._pidfd = os.pidfd_open(pid)
         hello = Hello(VERSION, proof(nonce, b"reader"))
         self._socket.send(msgspec.msgpack.encode(hello), socket.MSG_NOSIGNAL)
+        answer = select.poll()
+        answer.register(self._socket, select.POLLIN)
         more = True
         while more:
-            if time.monotonic() > deadline:
+            if not answer.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError("it did not answer in time")
-            with contextlib.suppress(BlockingIOError):  # one tick
-                more = self._receive(0)
+            more = self._receive()
         if self._gone:
             raise ConnectionResetError(self._gone)
 
@@ -122,19 +121,25 @@ class ArenaReader:
         """Map the arenas that the peer has offered since; does not wait."""
         with self._lock, contextlib.suppress(BlockingIOError):
             while not self._gone:
-                self._receive(socket.MSG_DONTWAIT)
+                self._receive()
 
-    def _receive(self, flags: int) -> bool:
+    def _receive(self) -> bool:
         """Take one offer; True when the next follows at once. `BlockingIOError`: none there."""
+        # Not socket.recv_fds, which drops its flags (CPython 3.11 to 3.13).
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        fds = array.array("i")
         try:
-            message, fds, _, _ = socket.recv_fds(
-                self._socket, MESSAGE_BYTES, FDS_PER_OFFER, flags | socket.MSG_CMSG_CLOEXEC
+            message, control, _, _ = self._socket.recvmsg(
+                MESSAGE_BYTES, socket.CMSG_LEN(FDS_PER_OFFER * fds.itemsize), flags
             )
         except BlockingIOError:
             raise
         except OSError as error:
             self._gone = str(error)
             return False
+        for level, kind, data in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) // fds.itemsize * fds.itemsize])
         try:
             if not message:
                 self._gone = "it closed the connection (refused, or its engine was closed)"

@@ -124,8 +124,8 @@ class ShmLane(Lane):
                     done += self._way.copy(piece.op, *runs.window(done))
                 except OSError as error:
                     raise self._fault(piece.op, runs, done, error) from error
-            # Like a seqlock: the peer is still there, so it was there for all that was copied.
-            self._way.confirm()
+                # Like a seqlock: the peer is still there, so it was there for what was copied.
+                self._way.confirm()  # 2 us a call of up to 8 MiB
 
     def _check(self, piece: Slice, deadline: float) -> None:
         if self._interrupted:

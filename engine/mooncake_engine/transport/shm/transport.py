@@ -108,6 +108,7 @@ class ShmTransport(Transport):
         )
         return msgspec.Raw(msgspec.msgpack.encode(endpoint))
 
+    @override
     def allocate(self, length: int) -> NDArray[np.uint8]:
         """`length` zeroed bytes at a page boundary that peers of this machine can map.
 
