@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -78,6 +80,18 @@ class OtherProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until it took effect on every thread: the signal alone does not."""
+        os.kill(self.pid, signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.pid}/task")
+        until(
+            lambda: all(
+                (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+                for task in tasks.iterdir()
+            ),
+            "the stop of the other process",
+        )
 
     def close(self) -> None:
         self._process.kill()  # also ends a stopped one

@@ -220,7 +220,7 @@ def test_a_stopped_peer_ends_the_move_at_its_deadline_and_spends_the_lane(
 ) -> None:
     initiator = start()
     lane = open_lane(initiator, other_process.record)
-    os.kill(other_process.pid, signal.SIGSTOP)
+    other_process.stop()
     address = other_process.record.regions[0].address
     # 1 GiB, so that a write cannot hide in the sockets' buffers.
     piece = slice_of(
@@ -251,7 +251,7 @@ def test_an_interrupt_ends_a_blocked_move_within_100_ms(
 ) -> None:
     initiator = start()
     lanes = [open_lane(initiator, other_process.record) for _ in range(3)]
-    os.kill(other_process.pid, signal.SIGSTOP)
+    other_process.stop()
     piece = slice_of(
         Op.READ, [initiator.address], [other_process.record.regions[0].address], [1000]
     )
