@@ -116,7 +116,8 @@ class ShmLane(Lane):
         with self._way.held():
             if piece.op is Op.WRITE:
                 self._way.confirm()  # a pid that was given away must not be written to
-            runs = Runs(piece.local, self._way.locate(piece.remote, piece.lengths), piece.lengths)
+            remote = self._way.locate(piece.remote, piece.lengths)
+            runs = Runs(piece.local, remote, piece.lengths, piece.nbytes)
             done = 0
             while done < runs.nbytes:
                 self._check(piece, deadline)

@@ -13,7 +13,7 @@ import os
 import numpy as np
 
 from mooncake_engine.errors import LaneError
-from mooncake_engine.iovec import iovecs
+from mooncake_engine.iovec import IOVEC, address_of, iovecs
 from mooncake_engine.transport.shm import process_vm
 from mooncake_engine.types import Op, Status
 
@@ -44,15 +44,16 @@ class NonceReader:
         self._value = value
         self._peer = peer
         self._found = ctypes.create_string_buffer(NONCE_BYTES)
-        size = np.array([NONCE_BYTES], np.uint64)
-        self._here = iovecs(np.array([ctypes.addressof(self._found)], np.uint64), size)
-        self._there = iovecs(np.array([address], np.uint64), size)
+        both = np.array([ctypes.addressof(self._found), address], np.uint64)
+        self._iovecs = iovecs(both, np.full(2, NONCE_BYTES, np.uint64))
+        here = address_of(self._iovecs)
+        self._arguments = here, 1, here + IOVEC.itemsize, 1
 
     def confirm(self) -> None:
         """Raise `LaneError` unless the nonce is there: PEER_GONE, or what the errno means."""
         moved = 0
         try:
-            moved = process_vm.copy(Op.READ, self._pid, self._here, self._there)
+            moved = process_vm.call(Op.READ, self._pid, *self._arguments)
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise process_vm.explain(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,9 +91,12 @@ def copy(op: Op, pid: int, local: Iovecs, remote: Iovecs) -> int:
 
     `local` and `remote` have the same total and at most `IOV_MAX` runs each. Raises `OSError`.
     """
-    call = _CALLS[op]
-    arguments = (pid, address_of(local), local.size, address_of(remote), remote.size, 0)
-    while (moved := call(*arguments)) <= 0:
+    return call(op, pid, address_of(local), local.size, address_of(remote), remote.size)
+
+
+def call(op: Op, pid: int, local: int, locals_: int, remote: int, remotes: int) -> int:
+    """`copy` by the addresses and sizes of the iovec arrays, for those who keep them."""
+    while (moved := _CALLS[op](pid, local, locals_, remote, remotes, 0)) <= 0:
         # Nothing moved and no errno: the kernel does not do that, and a loop must not spin on it.
         code = ctypes.get_errno() if moved < 0 else errno.EFAULT
         if code != errno.EINTR:
@@ -152,18 +156,22 @@ def copy_mapped(op: Op, local: Iovecs, remote: Iovecs) -> int:
 class Runs:
     """The runs of one slice, entered at any byte, so that partial counts need no bookkeeping."""
 
-    def __init__(self, local: Uint64s, remote: Uint64s, lengths: Uint64s) -> None:
+    def __init__(self, local: Uint64s, remote: Uint64s, lengths: Uint64s, nbytes: int) -> None:
+        """Args: nbytes: total of `lengths`."""
         self._local = local
         self._remote = remote
         self._lengths = lengths
-        self._ends = np.cumsum(lengths, dtype=np.uint64)
-        self.nbytes = int(self._ends[-1]) if lengths.size else 0
+        self.nbytes = nbytes
+
+    @functools.cached_property
+    def _ends(self) -> Uint64s:
+        return np.cumsum(self._lengths, dtype=np.uint64)
 
     def window(self, done: int) -> tuple[Iovecs, Iovecs]:
         """(local, remote) of the next call: `IOV_MAX` runs and `CALL_BYTES` at most."""
-        ends = self._ends
-        if not done and ends.size <= IOV_MAX and self.nbytes <= CALL_BYTES:
+        if not done and self._lengths.size <= IOV_MAX and self.nbytes <= CALL_BYTES:
             return iovecs(self._local, self._lengths), iovecs(self._remote, self._lengths)
+        ends = self._ends
         budget = done + CALL_BYTES
         first = int(np.searchsorted(ends, np.uint64(done), side="right"))
         last = min(
