@@ -1,0 +1,93 @@
+"""Which servers there are, and who gets the next request."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from proxy_stage import ASK, PARAMS, Stage, StandIn, record, staged, unused_url, watched
+
+from mooncake_connector.cluster import encode_node, node_key
+
+if TYPE_CHECKING:
+    from mooncake_engine.metadata.base import MetadataStore
+
+
+def test_requests_go_to_the_least_loaded_server() -> None:
+    async def play(stage: Stage) -> None:
+        other = StandIn(stage.decode.answer)
+        other.port = int(spare.rpartition(":")[2])
+        await other.start()
+        try:
+            await stage.health(decode_in=2)
+            stage.decode.may_answer.clear()
+            asking: list[asyncio.Task[Any]] = []
+            while not stage.decode.bodies:
+                asking.append(asyncio.create_task(stage.ask()))
+                await asyncio.wait(
+                    {asyncio.create_task(stage.decode.arrived.wait()), asking[-1]},
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            before = len(other.bodies)
+            for _ in range(4):
+                assert (await stage.ask())[0] == 200
+            assert len(other.bodies) == before + 4
+            stage.decode.may_answer.set()
+            await asyncio.gather(*asking)
+        finally:
+            await other.stop()
+
+    spare = unused_url()
+    staged(play, more_decode=(spare,))
+
+
+def test_servers_come_and_go_with_their_records() -> None:
+    async def play(stage: Stage, store: MetadataStore) -> None:
+        await stage.health(prefill_in=0, decode_in=0)
+        prefill = record("p", "kv_producer", stage.prefill.url)
+        store.put(node_key("p", 0), encode_node(prefill))
+        store.put(node_key("d", 0), encode_node(record("d", "kv_consumer", stage.decode.url)))
+        store.put("nodes/other/0", b"not a record")
+        await stage.health(prefill_in=1, decode_in=1)
+        assert (await stage.ask())[:2] == (200, stage.decode.answer)
+        assert stage.decode.bodies == [ASK | {"kv_transfer_params": PARAMS}]
+        store.delete(node_key("p", 0))
+        await stage.health(prefill_in=0, prefill_out=0)
+        assert (await stage.get("/health"))[0] == 503
+        store.put(node_key("p", 0), encode_node(prefill))
+        await stage.health(prefill_in=1)
+        assert (await stage.get("/health"))[0] == 200
+
+    watched(play)
+
+
+def test_both_at_once_names_the_nodes_of_the_record() -> None:
+    async def play(stage: Stage, store: MetadataStore) -> None:
+        store.put(node_key("p", 0), encode_node(record("p", "kv_producer", stage.prefill.url)))
+        store.put(node_key("d", 0), encode_node(record("d", "kv_consumer", stage.decode.url)))
+        await stage.health(prefill_in=1, decode_in=1)
+        assert (await stage.ask())[0] == 200
+        params = stage.decode.bodies[0]["kv_transfer_params"]
+        assert params["remote_engine_id"] == "p"
+        assert params["remote_endpoints"] == ["p:1"]
+        assert params["remote_incarnations"] == ["p-started"]
+        assert "X-Data-Parallel-Rank" not in stage.prefill.headers[0]
+
+    watched(play, style="both-at-once")
+
+
+def test_each_of_two_data_parallel_engines_gets_the_requests_meant_for_it() -> None:
+    async def play(stage: Stage, store: MetadataStore) -> None:
+        for rank, name in enumerate(("p0", "p1")):
+            node = record(name, "kv_producer", stage.prefill.url, rank)
+            store.put(node_key(name, 0), encode_node(node))
+        store.put(node_key("d", 0), encode_node(record("d", "kv_consumer", stage.decode.url)))
+        await stage.health(prefill_in=1, decode_in=1)
+        for _ in range(4):
+            assert (await stage.ask())[0] == 200
+        meant = [body["kv_transfer_params"]["remote_engine_id"] for body in stage.decode.bodies]
+        ranks = [headers["X-Data-Parallel-Rank"] for headers in stage.prefill.headers]
+        assert meant == [f"p{rank}" for rank in ranks]
+        assert set(ranks) == {"0", "1"}
+
+    watched(play, style="both-at-once")
