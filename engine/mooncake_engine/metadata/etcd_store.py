@@ -127,7 +127,7 @@ class EtcdStore(MetadataStore):
             lease, self._lease = self._lease, 0
         for watch in self._watches:
             watch.stop()
-        if lease:
+        if lease and not self._away:
             with contextlib.suppress(MetadataError):  # the lease runs out by itself
                 self._client.revoke(lease, min(1.0, self._config.timeout_s))
         self._client.close()  # ends the calls that our threads may sit in

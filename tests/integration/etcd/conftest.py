@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-from mooncake_connector.etcd_server import etcd_command, find_etcd
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.metadata import open_store
+
+from mooncake_connector.etcd_server import etcd_command, find_etcd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,8 +8,9 @@ import threading
 import time
 
 import pytest
-
+from mooncake_engine.config import MetadataConfig
 from mooncake_engine.errors import MetadataError
+from mooncake_engine.metadata.etcd import EtcdClient, RevisionGone
 
 
 def test_with_the_server_away_reading_fails_within_the_timeout(etcd, stores):
@@ -110,6 +111,42 @@ def test_a_key_deleted_behind_a_cut_line_is_gone_at_once_when_the_server_kept_it
         relay.mend()
         seen.until({"nodes/b": b"new"}, within=10)  # not after the lease of an hour
         watcher.close()
+
+
+def test_a_second_outage_starts_the_grace_of_a_missing_key_anew(etcd, stores, seen):
+    bystander = stores(etcd.address)
+    with Relay(etcd.port) as relay:
+        publisher = stores(relay.address)
+        publisher.put("nodes/a", b"1")
+        stores(etcd.address, lease_ttl_s=2, timeout_s=0.5).watch("nodes/", seen)
+        seen.until({"nodes/a": b"1"})
+        relay.cut()
+        etcd.restart_empty()
+        bystander.put("nodes/b", b"2")
+        seen.until({"nodes/a": b"1", "nodes/b": b"2"})  # a is missed from now on
+        etcd.kill()
+        seen.stays(3)  # longer than its grace
+        etcd.start()
+        bystander.put("nodes/b", b"3")
+        seen.until({"nodes/a": b"1", "nodes/b": b"3"})
+        relay.mend()
+        bystander.put("nodes/c", b"4")
+        seen.until({"nodes/a": b"1", "nodes/b": b"3", "nodes/c": b"4"})
+        seen.stays(3)
+        assert seen.gone == []
+        publisher.close()
+
+
+def test_a_server_that_is_behind_the_watched_revision_ends_the_watch(etcd):
+    config = MetadataConfig(backend="etcd", endpoints=(etcd.address,))
+    client = EtcdClient(config)
+    stream = client.watch("nodes/", 1000, 10.0)
+    try:
+        with pytest.raises(RevisionGone, match="lost its data"):
+            next(iter(stream))
+    finally:
+        stream.close()
+        client.close()
 
 
 def test_close_is_quick_while_the_server_is_away(etcd, stores, seen):

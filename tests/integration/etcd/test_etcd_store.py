@@ -6,7 +6,6 @@ import threading
 import time
 
 import pytest
-
 from mooncake_engine.errors import ConfigError, MetadataError
 
 
