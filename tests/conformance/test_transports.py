@@ -1,0 +1,66 @@
+"""The conformance suite over each transport, target in this or in a child process."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+from mooncake_engine import EngineConfig, MetadataConfig, TcpConfig, TransferEngine
+from mooncake_engine.testing import conformance
+from mooncake_engine.testing.target import ChildTarget, LocalTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def config(scheme: str, host: str = "127.0.0.1") -> EngineConfig:
+    return EngineConfig(
+        protocol=scheme,
+        strict_transport=True,
+        host=host,
+        tcp=TcpConfig(min_port=0, max_port=0),
+        metadata=MetadataConfig(p2p_min_port=0, p2p_max_port=0),
+    )
+
+
+@contextlib.contextmanager
+def pair_of(scheme: str, where: str, length: int) -> Iterator[conformance.Pair]:
+    kind = ChildTarget if where == "child" else LocalTarget
+    host = "::1" if where == "ipv6" else "127.0.0.1"
+    with (
+        kind(config(scheme, host), length) as target,
+        TransferEngine(config(scheme, host)) as initiator,
+    ):
+        yield conformance.Pair(initiator, target, target_has_a_say=scheme != "shm")
+
+
+KINDS = (("loopback", "here"), ("tcp", "child"), ("shm", "here"), ("shm", "child"))
+CASES = [
+    pytest.param(check, *kind, id=f"{' '.join(kind)}-{check.name}")
+    for kind in KINDS
+    for check in conformance.CHECKS
+    if (kind[1] == "child" or not check.needs_child)
+    # Nobody serves shm but the kernel; its reader confirms with the grant's owner instead.
+    and (kind[0] != "shm" or not check.needs_say)
+]
+
+
+@pytest.mark.parametrize(("check", "scheme", "where"), CASES)
+def test_a_transport_keeps_the_contract(check: conformance.Check, scheme: str, where: str) -> None:
+    with pair_of(scheme, where, check.length) as pair:
+        assert check.applies(pair)
+        check.run(pair)
+
+
+def test_tcp_moves_bytes_over_ipv6_too() -> None:
+    with pair_of("tcp", "ipv6", conformance.MIB) as pair:
+        conformance.single_bytes_arrive_exactly(pair)
+        assert "[::1]:" in pair.open().name
+
+
+def test_auto_takes_shm_on_one_machine_and_says_so() -> None:
+    with pair_of("auto", "child", conformance.MIB) as pair:
+        conformance.adjacent_runs_travel_as_one(pair)
+        assert pair.open().path.scheme == "shm"
+        assert pair.open().path.reason == "same machine; tcp not tried"
