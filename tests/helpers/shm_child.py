@@ -1,6 +1,6 @@
 """A process for the shm tests: a target that holds memory, or a reader with fewer rights.
 
-`python shm_child.py target|reader` takes one JSON object per line and answers one each.
+`python shm_child.py target|reader|engine` takes one JSON object per line and answers one each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import time
 
 import msgspec
 import numpy as np
-from mooncake_engine.config import EngineConfig, ShmConfig
+from mooncake_engine.config import EngineConfig, MetadataConfig, ShmConfig, TcpConfig
+from mooncake_engine.engine import TransferEngine
 from mooncake_engine.errors import EngineError, LaneError
 from mooncake_engine.grants import GrantTable
 from mooncake_engine.iovec import address_of, libc
@@ -33,6 +34,14 @@ PROCESS_VM = {"x86_64": (310, 311), "aarch64": (270, 271)}  # syscall numbers
 def transport(**shm: object) -> ShmTransport:
     config = EngineConfig(connect_timeout_s=5, shm=msgspec.convert(shm, ShmConfig))
     return ShmTransport(config, RegionTable(), GrantTable(), os.urandom(8).hex())
+
+
+def engine_config() -> EngineConfig:
+    return EngineConfig(
+        host="127.0.0.1",
+        tcp=TcpConfig(min_port=0, max_port=0),
+        metadata=MetadataConfig(backend="memory"),
+    )
 
 
 def digest(array: np.ndarray) -> str:
@@ -159,8 +168,33 @@ class Reader:
         self.transport.close()
 
 
+class Engine:
+    """A whole engine that may not use process_vm calls."""
+
+    def __init__(self) -> None:
+        self.engine = TransferEngine(engine_config())
+        forbid_process_vm()
+
+    def about(self) -> dict[str, object]:
+        return {"pid": os.getpid()}
+
+    def read(self, record: str, remote: int, length: int) -> list[str]:
+        """[path, status, digest of what arrived]."""
+        peer = msgspec.msgpack.decode(bytes.fromhex(record), type=SegmentRecord)
+        local = self.engine.allocate(length)
+        segment = self.engine.open_segment(peer)
+        batch = self.engine.submit("read", segment, [(address_of(local), remote, length)])
+        completion = batch.wait(20)
+        return [completion.path.scheme, completion.status, digest(local)]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
 def main() -> None:
-    holder = {"target": Target, "reader": Reader}[sys.argv[1]](**json.loads(sys.stdin.readline()))
+    holder = {"target": Target, "reader": Reader, "engine": Engine}[sys.argv[1]](
+        **json.loads(sys.stdin.readline())
+    )
     print(json.dumps(holder.about()), flush=True)
     for line in sys.stdin:
         method, arguments = json.loads(line)
