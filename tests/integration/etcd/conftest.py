@@ -1,136 +1,18 @@
-"""A real etcd per test, ports of its own, and a way to watch without sleeping."""
+"""A real etcd per test, on ports of its own."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from mooncake_engine.config import MetadataConfig
-from mooncake_engine.metadata import open_store
-
-from mooncake_connector.etcd_server import etcd_command, find_etcd
+from etcd_stage import EtcdServer, Seen, Stores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from mooncake_engine.metadata.base import MetadataStore
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], within: float, what: str) -> None:
-    deadline = time.monotonic() + within
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within} s: {what}"
-        pause.wait(0.02)
-
-
-class EtcdServer:
-    """One etcd that can be stopped, killed, emptied and started again on the same ports."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data = folder / "etcd-data"
-        self.log = folder / "etcd.log"
-        self.port, self.peer_port = free_port(), free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self.flags: list[str] = []
-        self.ca: Path | None = None  # set: the server speaks TLS
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = etcd_command(self.data, "127.0.0.1", self.port, self.peer_port)
-        if self.ca is not None:
-            command = [
-                part.replace(f"http://{self.address}", f"https://{self.address}")
-                for part in command
-            ]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--unsafe-no-fsync", *self.flags], stdout=log, stderr=log
-            )
-        wait_until(self._healthy, 20, f"etcd is healthy; its log is {self.log}")
-
-    def _healthy(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, self.log.read_text()
-        if self.ca is not None:  # client certificates may be asked for: being reachable will do
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-                return True
-            return False
-        with (
-            contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://{self.address}/health", timeout=1) as answer,
-        ):
-            return b"true" in answer.read()
-        return False
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(10)
-            self.process = None
-
-    def restart_empty(self) -> None:
-        self.kill()
-        shutil.rmtree(self.data)
-        self.start()
-
-    def ctl(self, *arguments: str) -> None:
-        etcdctl = Path(find_etcd()).with_name("etcdctl")
-        subprocess.run(
-            [etcdctl, f"--endpoints={self.address}", *arguments],
-            check=True,
-            capture_output=True,
-            timeout=20,
-        )
-
-
-class Seen:
-    """What a watch reported."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self.events: list[tuple[str, bytes | None]] = []
-        self.now: dict[str, bytes] = {}
-
-    def __call__(self, key: str, value: bytes | None) -> None:
-        with self._changed:
-            self.events.append((key, value))
-            if value is None:
-                self.now.pop(key, None)
-            else:
-                self.now[key] = value
-            self._changed.notify_all()
-
-    @property
-    def gone(self) -> list[str]:
-        return [key for key, value in self.events if value is None]
-
-    def until(self, expected: dict[str, bytes], within: float = 10) -> None:
-        with self._changed:
-            met = self._changed.wait_for(lambda: self.now == expected, within)
-        assert met, f"expected {expected} within {within} s; reported were {self.events}"
-
-    def stays(self, for_s: float) -> None:
-        """Nothing is reported for that long: time itself is what is tested."""
-        with self._changed:
-            before = len(self.events)
-            met = self._changed.wait_for(lambda: len(self.events) > before, for_s)
-        assert not met, f"reported although nothing happened: {self.events[before:]}"
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -147,24 +29,6 @@ def cold_etcd(tmp_path: Path) -> Iterator[EtcdServer]:
     server = EtcdServer(tmp_path)
     yield server
     server.kill()
-
-
-class Stores:
-    """Opens stores and closes them after the test."""
-
-    def __init__(self) -> None:
-        self._open: list[MetadataStore] = []
-
-    def __call__(self, *endpoints: str, **settings: object) -> MetadataStore:
-        settings = {"lease_ttl_s": 2, "timeout_s": 2.0, "cluster": "test", **settings}
-        config = MetadataConfig(backend="etcd", endpoints=endpoints, **settings)  # type: ignore[arg-type]  # fields of the caller's choice
-        store = open_store(config, "127.0.0.1")
-        self._open.append(store)
-        return store
-
-    def close(self) -> None:
-        for store in self._open:
-            store.close()
 
 
 @pytest.fixture
@@ -214,8 +78,3 @@ def publish() -> Iterator[Callable[[str, str, str], subprocess.Popen[str]]]:
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=10)
-
-
-@pytest.fixture
-def wait() -> Callable[[Callable[[], bool], float, str], None]:
-    return wait_until

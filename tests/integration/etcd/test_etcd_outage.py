@@ -1,19 +1,29 @@
 from __future__ import annotations
 
-import contextlib
 import shutil
 import signal
-import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import pytest
+from etcd_stage import Relay
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.errors import MetadataError
 from mooncake_engine.metadata.etcd import EtcdClient, RevisionGone
 
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
 
-def test_with_the_server_away_reading_fails_within_the_timeout(etcd, stores):
+    from etcd_stage import EtcdServer, Seen, Stores
+
+    Publish = Callable[[str, str, str], subprocess.Popen[str]]
+
+
+def test_with_the_server_away_reading_fails_within_the_timeout(
+    etcd: EtcdServer, stores: Stores
+) -> None:
     store = stores(etcd.address, timeout_s=1.0)
     store.put("a", b"1")
     etcd.kill()
@@ -24,13 +34,17 @@ def test_with_the_server_away_reading_fails_within_the_timeout(etcd, stores):
         assert time.monotonic() - start < 1.5
 
 
-def test_the_first_put_without_a_server_says_which_endpoint_is_dead(cold_etcd, stores):
+def test_the_first_put_without_a_server_says_which_endpoint_is_dead(
+    cold_etcd: EtcdServer, stores: Stores
+) -> None:
     store = stores(cold_etcd.address, timeout_s=0.5)
     with pytest.raises(MetadataError, match=rf"{cold_etcd.address}.*refused.*endpoints"):
         store.put("a", b"1")
 
 
-def test_what_is_put_and_deleted_during_an_outage_happens_after_it(etcd, stores, seen):
+def test_what_is_put_and_deleted_during_an_outage_happens_after_it(
+    etcd: EtcdServer, stores: Stores, seen: Seen
+) -> None:
     store = stores(etcd.address)
     store.put("a", b"1")
     store.put("b", b"2")
@@ -45,7 +59,9 @@ def test_what_is_put_and_deleted_during_an_outage_happens_after_it(etcd, stores,
     seen.until({"a": b"later", "c": b"3"})
 
 
-def test_an_empty_restart_brings_all_keys_back_and_nobody_is_reported_gone(etcd, stores, seen):
+def test_an_empty_restart_brings_all_keys_back_and_nobody_is_reported_gone(
+    etcd: EtcdServer, stores: Stores, seen: Seen
+) -> None:
     first, second = stores(etcd.address), stores(etcd.address)
     first.put("nodes/a", b"1")
     second.put("nodes/b", b"2")
@@ -65,8 +81,8 @@ def test_an_empty_restart_brings_all_keys_back_and_nobody_is_reported_gone(etcd,
 
 
 def test_after_an_empty_restart_a_dead_publisher_is_gone_after_one_lease(
-    etcd, stores, seen, publish
-):
+    etcd: EtcdServer, stores: Stores, seen: Seen, publish: Publish
+) -> None:
     process = publish(etcd.address, "nodes/dead", "1")
     alive = stores(etcd.address)
     alive.put("nodes/alive", b"2")
@@ -82,7 +98,9 @@ def test_after_an_empty_restart_a_dead_publisher_is_gone_after_one_lease(
     assert seen.gone == ["nodes/dead"]
 
 
-def test_peers_stay_known_for_as_long_as_the_server_is_away(etcd, stores, seen):
+def test_peers_stay_known_for_as_long_as_the_server_is_away(
+    etcd: EtcdServer, stores: Stores, seen: Seen
+) -> None:
     publisher = stores(etcd.address)
     publisher.put("nodes/a", b"1")
     stores(etcd.address, lease_ttl_s=2, timeout_s=0.5).watch("nodes/", seen)
@@ -96,8 +114,8 @@ def test_peers_stay_known_for_as_long_as_the_server_is_away(etcd, stores, seen):
 
 
 def test_a_key_deleted_behind_a_cut_line_is_gone_at_once_when_the_server_kept_its_data(
-    etcd, stores, seen
-):
+    etcd: EtcdServer, stores: Stores, seen: Seen
+) -> None:
     publisher = stores(etcd.address)
     publisher.put("nodes/a", b"1")
     publisher.put("nodes/b", b"2")
@@ -113,7 +131,9 @@ def test_a_key_deleted_behind_a_cut_line_is_gone_at_once_when_the_server_kept_it
         watcher.close()
 
 
-def test_a_second_outage_starts_the_grace_of_a_missing_key_anew(etcd, stores, seen):
+def test_a_second_outage_starts_the_grace_of_a_missing_key_anew(
+    etcd: EtcdServer, stores: Stores, seen: Seen
+) -> None:
     bystander = stores(etcd.address)
     with Relay(etcd.port) as relay:
         publisher = stores(relay.address)
@@ -137,7 +157,7 @@ def test_a_second_outage_starts_the_grace_of_a_missing_key_anew(etcd, stores, se
         publisher.close()
 
 
-def test_a_server_that_is_behind_the_watched_revision_ends_the_watch(etcd):
+def test_a_server_that_is_behind_the_watched_revision_ends_the_watch(etcd: EtcdServer) -> None:
     config = MetadataConfig(backend="etcd", endpoints=(etcd.address,))
     client = EtcdClient(config)
     stream = client.watch("nodes/", 1000, 10.0)
@@ -149,7 +169,9 @@ def test_a_server_that_is_behind_the_watched_revision_ends_the_watch(etcd):
         client.close()
 
 
-def test_close_is_quick_while_the_server_is_away(etcd, stores, seen):
+def test_close_is_quick_while_the_server_is_away(
+    etcd: EtcdServer, stores: Stores, seen: Seen
+) -> None:
     store = stores(etcd.address, timeout_s=20.0)
     store.put("a", b"1")
     store.watch("", seen)
@@ -158,62 +180,3 @@ def test_close_is_quick_while_the_server_is_away(etcd, stores, seen):
     start = time.monotonic()
     store.close()
     assert time.monotonic() - start < 3
-
-
-class Relay:
-    """A TCP line to a port of this machine that can be cut and mended."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._mended = threading.Event()
-        self._mended.set()
-        self._ends: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self.cut()
-        for thread in self._threads:
-            thread.join(10)
-        self._listener.close()
-        for end in self._ends:
-            end.close()
-
-    def cut(self) -> None:
-        self._mended.clear()
-        for end in self._ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def mend(self) -> None:
-        self._mended.set()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                self._ends.append(near)
-                if not self._mended.is_set():
-                    near.shutdown(socket.SHUT_RDWR)
-                    continue
-                far = socket.create_connection(("127.0.0.1", self._port))
-                self._ends.append(far)
-                for pair in ((near, far), (far, near)):
-                    thread = threading.Thread(target=self._copy, args=pair)
-                    self._threads.append(thread)
-                    thread.start()
-
-    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
