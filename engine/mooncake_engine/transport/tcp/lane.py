@@ -103,13 +103,14 @@ class TcpLane(Lane):
             self._stream.send_bytes(request, deadline)
         else:
             head = buffer_of(request)
-            self._stream.send(framed(head, piece.local, piece.lengths), deadline)
+            runs = framed(head, piece.local, piece.lengths)
+            self._stream.send(runs, len(request) + piece.nbytes, deadline)
         header = self._stream.receive_bytes(wire.ANSWER.size, deadline)
         status, reason_size = wire.unpack_answer(header, request_id)
         if status is not Status.OK:
             return self._stream.receive_bytes(reason_size, deadline).decode(errors="replace")
         if piece.op is Op.READ:
-            self._stream.receive(iovecs(piece.local, piece.lengths), deadline)
+            self._stream.receive(iovecs(piece.local, piece.lengths), piece.nbytes, deadline)
         return ""
 
     def _reopen(self) -> None:

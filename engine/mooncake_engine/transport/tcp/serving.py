@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mooncake_engine.types import Uint64s
 
 _SCRATCH = 64 << 10
-_SCRATCH_RUNS = 64  # all into the same scratch memory: 4 MiB are drained by one call
 
 
 class Serving:
@@ -47,7 +46,7 @@ class Serving:
         while self._next_header():
             request = wire.unpack_request(self._header.tobytes())
             body = self._body[: request.body_size]
-            self._stream.receive(whole(body))
+            self._stream.receive(whole(body), request.body_size)
             tables = body[: 16 * request.runs].view(np.uint64)
             addresses, lengths = tables[: request.runs], tables[request.runs :]
             wire.check_lengths(lengths, request.nbytes)
@@ -62,7 +61,8 @@ class Serving:
                 count = self._stream.receive_some(runs)
                 break
         if count:
-            self._stream.receive(whole(self._header[count:]))
+            rest = self._header[count:]
+            self._stream.receive(whole(rest), rest.size)
         return bool(count)
 
     def _serve(
@@ -72,9 +72,10 @@ class Serving:
             with self._permission(addresses, lengths, grant):
                 if request.op is Op.READ:
                     head = buffer_of(wire.pack_answer(Status.OK, request.request_id))
-                    self._stream.send(framed(head, addresses, lengths))
+                    runs = framed(head, addresses, lengths)
+                    self._stream.send(runs, head.size + request.nbytes)
                     return
-                self._stream.receive(iovecs(addresses, lengths))
+                self._stream.receive(iovecs(addresses, lengths), request.nbytes)
         except (LaneError, OutOfBounds) as refusal:  # raised only before a byte moved
             if request.op is Op.WRITE:
                 self._drain(request.nbytes)
@@ -96,11 +97,8 @@ class Serving:
     def _drain(self, nbytes: int) -> None:
         """Receive a refused write's bytes into nowhere, so that the lane lives on."""
         scratch = np.empty(_SCRATCH, np.uint8)
-        while nbytes:
-            lengths = np.full(_SCRATCH_RUNS, _SCRATCH, np.uint64)
-            if nbytes < _SCRATCH * _SCRATCH_RUNS:
-                chunks, rest = divmod(nbytes, _SCRATCH)
-                lengths = np.array([_SCRATCH] * chunks + [rest] * bool(rest), np.uint64)
-            addresses = np.full(lengths.size, address_of(scratch), np.uint64)
-            self._stream.receive(iovecs(addresses, lengths))
-            nbytes -= int(lengths.sum())
+        chunks, rest = divmod(nbytes, _SCRATCH)
+        lengths = np.full(chunks + 1, _SCRATCH, np.uint64)
+        lengths[-1] = rest
+        addresses = np.full(chunks + 1, address_of(scratch), np.uint64)  # all the same memory
+        self._stream.receive(iovecs(addresses, lengths), nbytes)
