@@ -1,14 +1,12 @@
-"""Opens sides and lanes for a test, closes them, and then looks for leaks."""
+"""Opens sides and lanes for a test, and closes them."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tcp_sides import OtherProcess, Side, until
+from tcp_sides import OtherProcess, Side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,25 +15,8 @@ if TYPE_CHECKING:
     from mooncake_engine.types import SegmentRecord
 
 
-def _open_files() -> set[str]:
-    names = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the scan's own
-            names.add(f"{entry.name} {entry.readlink()}")
-    return names
-
-
-@pytest.fixture(autouse=True)
-def no_leaks() -> Iterator[None]:
-    files, threads = _open_files(), set(threading.enumerate())
-    yield
-    until(lambda: set(threading.enumerate()) <= threads, "the end of every thread", 5)
-    left = {name for name in _open_files() - files if "socket:" in name or "pipe:" in name}
-    assert not left
-
-
 @pytest.fixture
-def closing(no_leaks: None) -> Iterator[contextlib.ExitStack]:  # noqa: ARG001 - closed before it looks
+def closing() -> Iterator[contextlib.ExitStack]:
     with contextlib.ExitStack() as stack:
         yield stack
 

@@ -228,7 +228,7 @@ def test_a_stopped_peer_ends_the_move_at_its_deadline_and_spends_the_lane(
     )
     began = time.monotonic()
     assert failure_of(lane, piece, began + 0.3).status is Status.TIMED_OUT
-    assert 0.3 <= time.monotonic() - began < 2
+    assert 0.3 <= time.monotonic() - began < 5
     os.kill(other_process.pid, signal.SIGCONT)
     after = failure_of(lane, piece, soon())
     assert after.status is Status.FAILED
@@ -332,7 +332,7 @@ def test_a_port_where_nobody_greets_is_given_up_after_the_connect_timeout(start:
         began = time.monotonic()
         with pytest.raises(PathUnavailable, match="said nothing for 1 s"):
             initiator.transport.connect(record_of("127.0.0.1", listener.getsockname()[1]))
-    assert 1 <= time.monotonic() - began < 3
+    assert 1 <= time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("endpoint", [("no\0host", 80), ("x" * 300, 80), ("127.0.0.1", 70000)])

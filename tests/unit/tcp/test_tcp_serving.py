@@ -162,7 +162,7 @@ def test_revoking_a_grant_ends_a_read_that_is_being_served(start: Start) -> None
         assert select.select([peer], [], [], 10)[0]  # it is being served, and we do not read
         began = time.monotonic()
         target.grants.revoke(b"room")
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5  # the send time-out would take 10
         target.memory[:] = 2  # the owner's pages have a new life now
         arrived = received_until_the_end(peer)[wire.ANSWER.size :]
     assert 0 < len(arrived) < 64 * MIB
@@ -191,7 +191,7 @@ def test_unregistering_memory_ends_the_reads_of_it(start: Start) -> None:
         assert select.select([peer], [], [], 10)[0]
         began = time.monotonic()
         target.regions.remove(target.address)
-        assert time.monotonic() - began < 1  # interrupted, not waited for
+        assert time.monotonic() - began < 5  # interrupted; the send time-out would take 10
         target.memory[:] = 2
         arrived = received_until_the_end(peer)[wire.ANSWER.size :]
     assert len(arrived) < 64 * MIB
@@ -272,7 +272,7 @@ def test_closing_ends_lanes_in_every_state(start: Start, open_lane: OpenLane) ->
         assert select.select([peer], [], [], 10)[0]
         began = time.monotonic()
         target.transport.close()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         target.transport.close()
         with pytest.raises(LaneError) as caught:
             lane.move(slice_of(Op.READ, [initiator.address], [target.address], [8]), soon())
