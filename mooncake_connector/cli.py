@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import logging
 import os
 import sys
 from importlib import metadata, resources
@@ -21,6 +23,12 @@ from mooncake_connector.etcd_server import etcd_command
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and write mooncake.json.")
 app.add_typer(config_app, name="config")
+
+
+class _Style(enum.StrEnum):
+    PREFILL_FIRST = "prefill-first"
+    BOTH_AT_ONCE = "both-at-once"
+
 
 _HIDDEN = "engine.metadata.password"
 
@@ -97,3 +105,43 @@ def etcd(
     command = etcd_command(data_dir, host, port, peer_port)
     print(f"etcd for clients at {host}:{port}, data in {data_dir}", file=sys.stderr, flush=True)
     os.execv(command[0], command)  # noqa: S606  # a list of arguments, no shell
+
+
+@app.command("proxy")
+def proxy(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any.")] = 8000,
+    prefill: Annotated[
+        list[str] | None, typer.Option(help="Base URL of a prefill server; may be repeated.")
+    ] = None,
+    decode: Annotated[
+        list[str] | None, typer.Option(help="Base URL of a decode server; may be repeated.")
+    ] = None,
+    style: Annotated[_Style, typer.Option(help="Who starts when.")] = _Style.PREFILL_FIRST,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="mooncake.json whose etcd lists the servers; $MOONCAKE_CONFIG_PATH."),
+    ] = None,
+    allow_overrides: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Serve one OpenAI-compatible address in front of prefill and decode servers."""
+    # Here, so that `config check` need not wait for aiohttp and gRPC.
+    from mooncake_connector.proxy import ProxyConfig, serve
+
+    loaded = load_config(str(config) if config else None)
+    logging.basicConfig(
+        level=loaded.config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    for notice in loaded.notices:
+        logging.getLogger(__name__).info("%s", notice)
+    serve(
+        ProxyConfig(
+            host=host,
+            port=port,
+            prefill=tuple(prefill or ()),
+            decode=tuple(decode or ()),
+            style=style.value,
+            allow_overrides=allow_overrides,
+        ),
+        loaded.config.engine.metadata,
+    )
