@@ -6,6 +6,7 @@ import gc
 import hashlib
 import mmap
 import os
+import resource
 import signal
 import socket
 import threading
@@ -275,3 +276,17 @@ def test_more_memory_than_the_machine_has_is_a_clear_error(
 ) -> None:
     with pytest.raises(EngineError, match="cannot allocate 1152921504606846976 bytes"):
         transport().allocate(1 << 60)
+
+
+def test_a_process_without_descriptors_is_told_so_and_nothing_is_left(
+    transport: Callable[..., ShmTransport],
+) -> None:
+    target = transport()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(EngineError, match="ulimit -n"):
+            target.allocate(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert target.allocate(1).size == 1

@@ -76,12 +76,9 @@ class Arena:
             os.ftruncate(self.fd, total)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)  # a reader can trust the size
             mapping = mmap.mmap(self.fd, total)
-        except (OSError, ValueError) as error:
+        except BaseException:
             os.close(self.fd)
-            raise EngineError(
-                f"cannot allocate {length} bytes of shared memory: {error}; look at the limits of "
-                "this process (descriptors, address space)"
-            ) from error
+            raise
         self.array: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8, count=length)
         self.address: int = self.array.__array_interface__["data"][0]
         self.length = length
@@ -95,7 +92,10 @@ class ArenaServer:
     """
 
     def __init__(self, name: str, nonce: bytes, hello_timeout_s: float, any_user: bool) -> None:
-        """Args: name: abstract socket name; any_user: serve readers of other users too."""
+        """Args: name: abstract socket name; any_user: serve readers of other users too.
+
+        Raises `OSError` when the process has no descriptor left.
+        """
         self._nonce = nonce
         self._hello_timeout_s = hello_timeout_s
         self._any_user = any_user
@@ -118,7 +118,10 @@ class ArenaServer:
         self._thread.start()
 
     def allocate(self, length: int) -> NDArray[np.uint8]:
-        """`length` > 0 zeroed bytes at a page boundary; each reader has been told on return."""
+        """`length` > 0 zeroed bytes at a page boundary; each reader has been told on return.
+
+        Raises `OSError` at a limit of the process, `EngineError` when memory is short.
+        """
         arena = Arena(length)
         with self._lock:
             self._arenas.append(arena)
@@ -156,7 +159,8 @@ class ArenaServer:
                     socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
                 )
             except OSError as error:
-                logger.warning("a reader of shared memory is dropped: %s", error)
+                # As text: a kept log record would keep the frame, and that the arena.
+                logger.warning("a reader of shared memory is dropped: %s", str(error))
                 with contextlib.suppress(OSError):  # it may be gone already
                     reader.shutdown(socket.SHUT_RDWR)  # the thread sees it and closes it
                 return

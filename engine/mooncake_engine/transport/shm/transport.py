@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import msgspec
 from typing_extensions import override
 
-from mooncake_engine.errors import EngineClosed, InvalidTransfer, LaneError, PathUnavailable
+from mooncake_engine.errors import (
+    EngineClosed,
+    EngineError,
+    InvalidTransfer,
+    LaneError,
+    PathUnavailable,
+)
 from mooncake_engine.transport.base import Capabilities, Link, Transport
 from mooncake_engine.transport.shm.arena import ArenaServer
 from mooncake_engine.transport.shm.arena_reader import ArenaReader
@@ -118,21 +124,27 @@ class ShmTransport(Transport):
         Raises:
             InvalidTransfer: When `length` is not positive.
             EngineClosed: After `close`.
-            EngineError: When the machine has no such memory to give.
+            EngineError: When the machine has no such memory to give, or at a limit of the process.
         """
         if length <= 0:
             raise InvalidTransfer(f"cannot allocate {length} bytes: the length must be positive")
         with self._lock:
             if self._closed:
                 raise EngineClosed("the shm transport is closed; it allocates no memory any more")
-            if self._server is None:
-                self._server = ArenaServer(
-                    self._arena_name,
-                    self._nonce.value,
-                    self.config.connect_timeout_s,
-                    any_user=self.config.shm.allow_any_reader,
-                )
-            return self._server.allocate(length)
+            try:
+                if self._server is None:
+                    self._server = ArenaServer(
+                        self._arena_name,
+                        self._nonce.value,
+                        self.config.connect_timeout_s,
+                        any_user=self.config.shm.allow_any_reader,
+                    )
+                return self._server.allocate(length)
+            except OSError as error:
+                raise EngineError(
+                    f"cannot allocate {length} bytes of shared memory: {error}; look at this "
+                    "process's limits of descriptors and address space (ulimit -n, ulimit -v)"
+                ) from error
 
     @override
     def connect(self, peer: SegmentRecord) -> ShmLink:
