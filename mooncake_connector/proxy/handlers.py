@@ -42,6 +42,10 @@ class Refusal(Exception):
         self.status = status
 
 
+class _HalfAnAnswer(ConnectionResetError):
+    """The answer has begun and cannot end well; aiohttp drops the connection for it."""
+
+
 class Handlers:
     """HTTP in, HTTP out."""
 
@@ -69,6 +73,8 @@ class Handlers:
             raise
         except web.HTTPRequestEntityTooLarge:
             outcome = "refused"
+            raise
+        except _HalfAnAnswer:
             raise
         except (asyncio.CancelledError, ConnectionError):
             outcome = "disconnected"
@@ -144,11 +150,12 @@ class Handlers:
                     piece = await leg.next()
         except (LegFailed, TimeoutError) as exc:
             # The status is out; only an answer without its end can say that it is not whole.
+            # Aborted, since closing would wait for a client that reads no more.
             what = str(exc) or f"nothing moved for {self._config.stall_timeout_s:g} s"
             log.warning("request %s ends half way: %s", call.headers["X-Request-Id"], what)
             if request.transport is not None:
                 request.transport.abort()
-            raise ConnectionResetError(what) from exc
+            raise _HalfAnAnswer(what) from exc
         await response.write_eof()
         return response
 

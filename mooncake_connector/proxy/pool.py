@@ -118,7 +118,8 @@ class Pool:
 
     def _take_out(self, server: Server) -> None:
         server.up = False
-        server.probe = asyncio.get_running_loop().create_task(self._probe(server))
+        loop = asyncio.get_running_loop()
+        server.probe = loop.create_task(self._probe(server), name=f"probe {server.url}")
 
     async def _probe(self, server: Server) -> None:
         pause = FIRST_PROBE_S

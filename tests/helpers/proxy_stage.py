@@ -146,16 +146,20 @@ class Stage:
 
     async def health(self, **wanted: int) -> None:
         """Wait until `/health` says so."""
-        while True:  # until the test's deadline
+
+        async def says_so() -> bool:
             _, text = await self.get("/health")
-            if all(json.loads(text)[key] == value for key, value in wanted.items()):
-                return
-            await asyncio.sleep(0.01)
+            return all(json.loads(text)[key] == value for key, value in wanted.items())
+
+        await until(says_so)
 
     async def count(self, sample: str, value: float) -> None:
         """Wait until `/metrics` says so."""
-        while await self.counted(sample) != value:  # noqa: ASYNC110 # seen over HTTP, as a user would
-            await asyncio.sleep(0.01)
+
+        async def says_so() -> bool:
+            return await self.counted(sample) == value
+
+        await until(says_so)
 
     async def idle(self) -> None:
         """Wait until no leg is in flight."""
@@ -205,6 +209,12 @@ def staged(
     assert open_descriptors() == before
 
 
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Look again and again; the test's deadline ends it."""
+    while not await holds():  # noqa: ASYNC110 # what is waited for is seen from outside only
+        await asyncio.sleep(0.01)
+
+
 def open_descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
@@ -249,5 +259,7 @@ def watched(
             await stage.proxy.start()
             stack.push_async_callback(stage.proxy.stop)
             await play(stage, store)
+            await stage.idle()
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "the proxy left a task behind"
 
     asyncio.run(run())

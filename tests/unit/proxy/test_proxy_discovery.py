@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from proxy_stage import ASK, PARAMS, Stage, StandIn, record, staged, unused_url, watched
+from proxy_stage import ASK, PARAMS, Stage, StandIn, record, staged, until, unused_url, watched
 
 from mooncake_connector.cluster import encode_node, node_key
 
@@ -57,6 +57,26 @@ def test_servers_come_and_go_with_their_records() -> None:
         store.put(node_key("p", 0), encode_node(prefill))
         await stage.health(prefill_in=1)
         assert (await stage.get("/health"))[0] == 200
+
+    watched(play)
+
+
+def test_a_server_that_left_is_not_probed_any_more() -> None:
+    def probes() -> set[str]:
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        return {name for name in names if name.startswith("probe")}
+
+    async def none_left() -> bool:
+        return not probes()
+
+    async def play(stage: Stage, store: MetadataStore) -> None:
+        stage.prefill.healthy = False
+        store.put(node_key("p", 0), encode_node(record("p", "kv_producer", stage.prefill.url)))
+        await stage.health(prefill_out=1)
+        assert probes() == {f"probe {stage.prefill.url}"}
+        store.delete(node_key("p", 0))
+        await stage.health(prefill_out=0)
+        await until(none_left)
 
     watched(play)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
-from proxy_stage import ASK, SSE, Stage, StandIn, both_styles, staged, unused_url
+from proxy_stage import ASK, SSE, Stage, StandIn, both_styles, staged, until, unused_url
 
 
 @both_styles
@@ -263,3 +265,35 @@ def test_an_answer_that_stalls_is_cut_off() -> None:
                 await reply.read()
 
     staged(play, stall_timeout_s=0.1)
+
+
+def test_a_client_that_reads_no_more_is_dropped() -> None:
+    async def play(stage: Stage) -> None:
+        stage.decode.stream([bytes(1 << 20)] * 64)  # more than the sockets' buffers hold
+        body = json.dumps(ASK).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: p\r\nContent-Length: {len(body)}\r\n\r\n"
+        _, writer = await asyncio.open_connection("127.0.0.1", stage.proxy.port, limit=1)
+        try:
+            writer.write(head.encode() + body)
+            await stage.count('mooncake_proxy_requests_total{outcome="error"}', 1)
+            port = writer.get_extra_info("sockname")[1]
+            await until(lambda: dropped(stage.proxy.port, port))
+        finally:
+            writer.transport.abort()
+
+    staged(play, stall_timeout_s=0.1)
+
+
+async def dropped(local_port: int, remote_port: int) -> bool:
+    """Whether the side of `local_port` has given the connection up."""
+    return (local_port, remote_port) not in established()
+
+
+def established() -> set[tuple[int, int]]:
+    """Local and remote port of each open connection, as the kernel sees it."""
+    rows = [row.split() for row in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    return {
+        (int(local.rpartition(":")[2], 16), int(remote.rpartition(":")[2], 16))
+        for _, local, remote, state, *_ in rows
+        if state == "01"
+    }
