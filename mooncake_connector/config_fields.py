@@ -80,7 +80,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     The last part counts too: `lanes_per_pear` means `engine.tcp.lanes_per_peer`.
     """
-    whole = list(known)
+    names = [name.split(".") for name in known]
+    # Sections are names too: "engin" means "engine".
+    whole = list(dict.fromkeys(".".join(n[:end]) for n in names for end in range(1, len(n) + 1)))
     last = {other.rpartition(".")[2]: other for other in reversed(whole)}
     found = difflib.get_close_matches(name, whole, 1, 0.75)
     if not found:
