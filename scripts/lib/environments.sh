@@ -91,3 +91,10 @@ TOML
 
 use_dev() { environment "$root/.venv" dev_environment; }
 use_vllm() { environment "$root/.venv-vllm" vllm_environment; }
+
+# The model that every real server here serves; ten seconds, once.
+tiny_model=$cache/tiny-model
+use_tiny_model() {
+    [[ -d $tiny_model ]] || say "making the tiny model"
+    "$root/.venv-vllm/bin/python" scripts/lib/tiny_model.py "$tiny_model"
+}

@@ -53,3 +53,27 @@ minutes_per_step() {
             "${step_names[i]}"
     done
 }
+
+# tested TIER PYTEST ARGUMENT...: run pytest and keep what it prints, for `closing_lines`.
+tested() {
+    local tier=$1
+    shift
+    "$@" "${more[@]}" 2>&1 | tee "$cache/logs/test-$tier.log"
+}
+
+# closing_lines TIER... -- FAILED...: pytest's last line of each tier, those of failed ones last,
+# so that whoever reads the end of the output alone is not misled.
+closing_lines() {
+    local tier failed=no
+    local -a good=() bad=()
+    for tier in "$@"; do
+        [[ $tier == -- ]] && failed=yes && continue
+        [[ $failed == yes ]] && bad+=("$tier") || good+=("$tier")
+    done
+    for tier in "${good[@]}"; do
+        [[ " ${bad[*]} " == *" $tier "* ]] || tail -n 1 "$cache/logs/test-$tier.log"
+    done
+    for tier in "${bad[@]}"; do
+        tail -n 1 "$cache/logs/test-$tier.log"
+    done
+}
