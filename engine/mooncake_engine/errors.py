@@ -13,7 +13,10 @@ EngineError
 
 from __future__ import annotations
 
-from mooncake_engine.types import Status
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mooncake_engine.types import Status
 
 
 class EngineError(Exception):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from mooncake_engine.errors import LaneError, PathUnavailable
-from mooncake_engine.transport.tcp import sockets, wire
+from mooncake_engine.hosts import default_address
+from mooncake_engine.transport.tcp import wire
 from mooncake_engine.types import Op, Status
 from tcp_sides import (
     Side,
@@ -308,10 +309,10 @@ def test_the_bind_address_is_the_host_unless_it_is_written(start: Start) -> None
 
     assert bound_to(start(host="127.0.0.1")) == "127.0.0.1"
     assert bound_to(start(host="127.0.0.1", bind_address="127.0.0.2")) == "127.0.0.2"
-    assert bound_to(start(host="")) == sockets.default_address() != "0.0.0.0"
+    assert bound_to(start(host="")) == default_address() != "0.0.0.0"
     everywhere = start(host="", bind_address="0.0.0.0")
     assert bound_to(everywhere) == "0.0.0.0"
-    assert everywhere.transport._endpoint.host == sockets.default_address()
+    assert everywhere.transport._endpoint.host == default_address()
 
 
 @pytest.mark.parametrize("incarnation", ["", "x" * 64])

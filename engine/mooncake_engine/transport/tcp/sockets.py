@@ -23,27 +23,6 @@ _OPTIONS = (
 )
 _BACKLOG = 1024
 
-# Addresses that documentation owns: connecting a UDP socket asks the routing table, sends nothing.
-_ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-
-
-def default_address() -> str:
-    """This machine's address on the default route; 127.0.0.1 when there is no route."""
-    for family, elsewhere in _ELSEWHERE:
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((elsewhere, 9))
-                address: str = probe.getsockname()[0]
-                return address
-        except OSError:  # no such family or no route
-            continue
-    return "127.0.0.1"
-
-
-def is_wildcard(host: str) -> bool:
-    """True for the addresses that mean all interfaces and so cannot be told to a peer."""
-    return host in {"0.0.0.0", "::"}  # noqa: S104 - recognised, not bound to
-
 
 def host_port(host: str, port: int) -> str:
     """`host:port`, an IPv6 address in brackets."""

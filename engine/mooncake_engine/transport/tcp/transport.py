@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import msgspec
 from typing_extensions import override
 
+from mooncake_engine import hosts
 from mooncake_engine.errors import LaneError, PathUnavailable
 from mooncake_engine.transport.base import Capabilities, Lane, Link, Transport
 from mooncake_engine.transport.tcp import sockets, wire
@@ -73,10 +74,10 @@ class TcpTransport(Transport):
                 f"{wire.MAX_INCARNATION} bytes"
             )
         tcp = config.tcp
-        bind = tcp.bind_address or config.host or sockets.default_address()
+        bind = tcp.bind_address or config.host or hosts.default_address()
         listener = sockets.listen(bind, tcp.min_port, tcp.max_port)
         port: int = listener.getsockname()[1]
-        host = config.host or (sockets.default_address() if sockets.is_wildcard(bind) else bind)
+        host = config.host or (hosts.default_address() if hosts.is_wildcard(bind) else bind)
         self._endpoint = TcpEndpoint(host, port, wire.VERSION)
         self._server = Server(listener, config, regions, grants, incarnation)
 
