@@ -217,7 +217,7 @@ def test_a_lane_to_a_pid_that_was_given_away_reads_and_writes_nothing(
     way = reached.lane._way
     way.pid = way._nonce._pid = other.about["pid"]  # as if the kernel had given the pid anew
     here = np.zeros(MIB, np.uint8)
-    for op in (Op.READ, Op.WRITE):
+    for op in (Op.WRITE, Op.READ):  # what a read brings would look unchanged when written back
         with pytest.raises(LaneError, match="is not the one") as caught:
             reached.move(op, [address_of(here)], [other.about["plain"]], [MIB])
         assert caught.value.status is Status.PEER_GONE
