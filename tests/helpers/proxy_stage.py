@@ -242,6 +242,7 @@ def record(engine_id: str, role: Role, url: str, dp_rank: int = 0) -> NodeRecord
 
 def watched(
     play: Callable[[Stage, MetadataStore], Awaitable[None]],
+    store: MetadataStore | None = None,
     **config: Any,  # noqa: ANN401 # as above
 ) -> None:
     """Run `play` before a proxy that knows its servers from a metadata store only."""
@@ -253,12 +254,14 @@ def watched(
                 await server.start()
                 stack.push_async_callback(server.stop)
             stage.client = await stack.enter_async_context(aiohttp.ClientSession())
-            store = open_store(MetadataConfig(backend="memory", cluster=uuid.uuid4().hex), "")
-            stack.callback(store.close)
-            stage.proxy = Proxy(ProxyConfig(port=0, **config), store)
+            known = store
+            if known is None:
+                known = open_store(MetadataConfig(backend="memory", cluster=uuid.uuid4().hex), "")
+                stack.callback(known.close)
+            stage.proxy = Proxy(ProxyConfig(port=0, **config), known)
             await stage.proxy.start()
             stack.push_async_callback(stage.proxy.stop)
-            await play(stage, store)
+            await play(stage, known)
             await stage.idle()
         assert asyncio.all_tasks() == {asyncio.current_task()}, "the proxy left a task behind"
 
