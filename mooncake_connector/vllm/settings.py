@@ -40,6 +40,7 @@ def load(vllm_config: VllmConfig) -> Settings:
     extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
     testing = bool(extra.pop("testing", False))
     loaded = load_config(extra=extra)
+    _log_like_vllm(loaded.config.log_level)
     for notice in loaded.notices:
         log.info("%s", notice)
     config = loaded.config
@@ -47,3 +48,13 @@ def load(vllm_config: VllmConfig) -> Settings:
         engine = msgspec.structs.replace(config.engine, host=get_ip())
         config = msgspec.structs.replace(config, engine=engine)
     return Settings(config, testing)
+
+
+def _log_like_vllm(level: str) -> None:
+    """vLLM formats only its own loggers; without this ours would say warnings bare, or nothing."""
+    for name in ("mooncake_connector", "mooncake_engine"):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.handlers = list(logging.getLogger("vllm").handlers)
+            logger.propagate = False
+            logger.setLevel(level.upper())

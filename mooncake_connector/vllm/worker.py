@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from mooncake_connector.vllm.metrics import MooncakeStats
 from mooncake_connector.vllm.step import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
     from vllm.config import VllmConfig
@@ -57,7 +58,7 @@ class WorkerHalf:
         rank = get_tensor_model_parallel_rank()
         transfer = self._vllm_config.kv_transfer_config
         spec, layout = describe(self._vllm_config, self._kv_cache_config, kv_caches, rank)
-        with contextlib.ExitStack() as opening:
+        with _cpus_of_parent(), contextlib.ExitStack() as opening:
             engine = opening.enter_context(TransferEngine(self._config.engine))
             for address, nbytes, location in memory_of(kv_caches):
                 engine.register_memory(address, nbytes, location=location)
@@ -167,6 +168,21 @@ class WorkerHalf:
             tokens=fetch.tokens,
             prompt_key=fetch.prompt_key,
         )
+
+
+@contextlib.contextmanager
+def _cpus_of_parent() -> Iterator[None]:
+    """Threads started here may run on every CPU that vLLM's parent process may use.
+
+    vLLM's CPU backend pins a worker to its compute cores, and its main thread spins there. Threads
+    that inherit this starve: heartbeats came more than 10 s late.
+    """
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def _runs(first: tuple[int, ...], block_ids: tuple[list[int], ...]) -> tuple[PageRun, ...]:
