@@ -1,1 +1,1 @@
-"""Conformance checks, faults and a fake clock for transports: ours and yours."""
+"""Conformance checks, faults on command and a far side to kill, for transports: ours and yours."""
