@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
+from typing_extensions import override
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -29,6 +30,12 @@ class MetadataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     timeout_s: Seconds = 3.0  # bounds each call to the server or to a p2p peer
     p2p_min_port: Port = 15000  # p2p answers on the first free port of the range; 0 in both: any
     p2p_max_port: Port = 17000
+
+    @override
+    def __repr__(self) -> str:
+        """As usual but for the password: settings end up in logs."""
+        shown = msgspec.structs.asdict(self) | {"password": "***" if self.password else ""}
+        return f"MetadataConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 class TcpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

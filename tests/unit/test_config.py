@@ -10,9 +10,10 @@ import pytest
 from mooncake_engine.errors import ConfigError
 
 import mooncake_connector
-from mooncake_connector import config_fields
+from mooncake_connector import config_fields, env_table
 from mooncake_connector.config import FIELDS, ConnectorConfig, LoadedConfig, load_config
 
+REPOSITORY = Path(__file__).parents[2]
 PACKAGED = Path(mooncake_connector.__file__).parent / "data" / "mooncake.json"
 
 
@@ -32,6 +33,20 @@ def test_the_packaged_file_names_every_setting_at_its_default() -> None:
     assert flat.keys() == FIELDS.keys()
     assert msgspec.convert(tree, ConnectorConfig) == ConnectorConfig()
     assert load_config(str(PACKAGED), environ={}).config == ConnectorConfig()
+
+
+def test_the_file_in_configs_is_the_packaged_one_and_every_setting_is_documented() -> None:
+    assert (REPOSITORY / "configs" / "mooncake.json").read_text() == PACKAGED.read_text()
+    documented = (REPOSITORY / "docs" / "configuration.md").read_text()
+    names = [*FIELDS, *(variable.name for variable in env_table.VARIABLES)]
+    assert [name for name in names if f"`{name}`" not in documented] == []
+
+
+def test_a_password_is_not_shown_by_repr() -> None:
+    secret = {"engine.metadata.username": "u", "engine.metadata.password": "hunter2"}
+    shown = repr(from_extra(secret))
+    assert "password='***'" in shown
+    assert "hunter2" not in shown
 
 
 def test_without_any_source_every_setting_is_at_its_default() -> None:

@@ -8,18 +8,19 @@ joined. `docs/decisions/pyetcd-for-etcd3.md` says why pyetcd and not etcd3.
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from pyetcd import etcdrpc
 
 from mooncake_engine.errors import ConfigError, MetadataError
+from mooncake_engine.metadata.etcd_stream import EtcdStream
+from mooncake_engine.metadata.etcd_types import Entry, EtcdAway, LeaseLost, RevisionGone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from mooncake_engine.config import MetadataConfig
 
@@ -41,33 +42,6 @@ _AWAY = {
     grpc.StatusCode.CANCELLED,  # the channel was closed under the call
 }
 _STALE_TOKEN = ("invalid auth token", "revision of auth store is old")
-
-
-class EtcdAway(MetadataError):
-    """No endpoint answered in time; the same call may work later."""
-
-
-class LeaseLost(MetadataError):
-    """The server does not know the lease: it ran out, or the server lost its data."""
-
-
-class RevisionGone(MetadataError):
-    """The server does not have that revision: compacted, or it lost its data."""
-
-
-class Entry(NamedTuple):
-    """A key's value and the revision of its last change."""
-
-    value: bytes
-    revision: int
-
-
-class Change(NamedTuple):
-    """One event of a watch; `value` is None for a deleted key."""
-
-    key: str
-    value: bytes | None
-    revision: int
 
 
 class _Member:
@@ -201,7 +175,14 @@ class EtcdClient:
         member = self._members[self._current]
         request = etcdrpc.WatchRequest(create_request=create)
         try:
-            return EtcdStream(member, request, revision, timeout)
+            # hasleader: a member cut off from its cluster ends the stream, else it goes silent.
+            metadata = (*member.metadata(timeout=1), ("hasleader", "true"))
+            return EtcdStream(
+                lambda requests: member.watch.Watch(requests, timeout=timeout, metadata=metadata),
+                request,
+                revision,
+                member.address,
+            )
         except grpc.RpcError as exc:
             raise EtcdAway(f"etcd at {member.address}: {exc.details()}") from exc
         except ValueError as exc:  # how gRPC says that close() came first
@@ -265,64 +246,6 @@ class EtcdClient:
                 f"mooncake/{self._config.cluster}/"
             )
         return MetadataError(f"etcd at {address} refused {doing}: {details}{remedy}")
-
-
-class EtcdStream:
-    """Changes as etcd sends them: iterate over lists of `Change`; `close` ends it, any thread."""
-
-    def __init__(
-        self,
-        member: _Member,
-        request: etcdrpc.WatchRequest,
-        revision: int,
-        timeout: float | None,
-    ) -> None:
-        self._request = request
-        self._revision = revision
-        self._done = threading.Event()
-        self._requester: threading.Thread | None = None
-        self._address = member.address
-        # hasleader: a member cut off from its cluster ends the stream instead of going silent.
-        metadata = (*member.metadata(timeout=1), ("hasleader", "true"))
-        self._call = member.watch.Watch(self._requests(), timeout=timeout, metadata=metadata)
-
-    def _requests(self) -> Iterator[etcdrpc.WatchRequest]:
-        self._requester = threading.current_thread()
-        yield self._request
-        self._done.wait()  # a half-closed watch is ended by etcd's gRPC proxy
-
-    def __iter__(self) -> Iterator[list[Change]]:
-        """Ends when the time-out passed or `close` was called.
-
-        Raises:
-            MetadataError: The stream broke, or the server's history does not reach our revision.
-        """
-        try:
-            for response in self._call:
-                if response.created and response.header.revision < self._revision - 1:
-                    raise RevisionGone(f"etcd at {self._address} lost its data")
-                if response.canceled:
-                    raise RevisionGone(
-                        f"etcd at {self._address} ended the watch: {response.cancel_reason}"
-                    )
-                yield [
-                    Change(
-                        event.kv.key.decode(),
-                        None if event.type == event.DELETE else event.kv.value,
-                        event.kv.mod_revision,
-                    )
-                    for event in response.events
-                ]
-        except grpc.RpcError as exc:
-            if exc.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-                raise EtcdAway(f"etcd at {self._address}: {exc.details()}") from exc
-
-    def close(self) -> None:
-        """End the iteration and the stream's thread; idempotent."""
-        self._call.cancel()
-        self._done.set()
-        if self._requester is not None:
-            self._requester.join(1)
 
 
 def _address(endpoint: str) -> str:

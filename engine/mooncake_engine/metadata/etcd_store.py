@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from mooncake_engine.errors import MetadataError
 from mooncake_engine.metadata.base import MetadataStore, OnChange, Watch
-from mooncake_engine.metadata.etcd import EtcdAway, EtcdClient, LeaseLost
+from mooncake_engine.metadata.etcd import EtcdClient
+from mooncake_engine.metadata.etcd_types import EtcdAway, LeaseLost
 from mooncake_engine.metadata.etcd_watch import EtcdWatch
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from typing_extensions import override
 
 from mooncake_engine.errors import MetadataError
 from mooncake_engine.metadata.base import OnChange, Watch
-from mooncake_engine.metadata.etcd import Entry, RevisionGone
+from mooncake_engine.metadata.etcd_types import Entry, RevisionGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mooncake_engine.metadata.etcd import EtcdClient, EtcdStream
+    from mooncake_engine.metadata.etcd import EtcdClient
+    from mooncake_engine.metadata.etcd_stream import EtcdStream
 
 log = logging.getLogger(__name__)
 

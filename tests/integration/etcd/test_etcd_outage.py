@@ -10,7 +10,8 @@ import pytest
 from etcd_stage import Relay
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.errors import MetadataError
-from mooncake_engine.metadata.etcd import EtcdClient, RevisionGone
+from mooncake_engine.metadata.etcd import EtcdClient
+from mooncake_engine.metadata.etcd_types import RevisionGone
 
 if TYPE_CHECKING:
     import subprocess
