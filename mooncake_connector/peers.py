@@ -208,8 +208,13 @@ class Peers:
             ) from exc
         except BootstrapError as exc:
             raise PeerUnreachable(f"cannot be found: {exc}") from exc
-        for entry in engines.values():
-            if ref.engine_id in ("", entry.engine_id) and ref.rank in entry.worker_addr:
+        entries = [e for e in engines.values() if ref.engine_id in ("", e.engine_id)]
+        if not entries and len(engines) == 1:
+            # vllm-router asks for ids once, at its start: prefill has restarted since. Who
+            # answers there now either knows the transfer and its prompt key, or says that not.
+            entries = list(engines.values())
+        for entry in entries:
+            if ref.rank in entry.worker_addr:
                 return entry.worker_addr[ref.rank][0]
         raise PeerUnreachable(
             f"cannot be found: {url} knows no rank {ref.rank} of engine {ref.engine_id}"

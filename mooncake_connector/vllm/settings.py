@@ -51,7 +51,7 @@ def load(vllm_config: VllmConfig) -> Settings:
 
 
 def _log_like_vllm(level: str) -> None:
-    """vLLM formats only its own loggers; without this ours would say warnings bare, or nothing."""
+    """Use vLLM's handlers: it formats only its own loggers, ours would say warnings bare."""
     for name in ("mooncake_connector", "mooncake_engine"):
         logger = logging.getLogger(name)
         if not logger.handlers:
