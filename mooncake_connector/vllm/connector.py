@@ -62,7 +62,7 @@ class MooncakeDisaggConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(vllm_config, kv_cache_config, settings)
         else:
-            self._worker = WorkerHalf(vllm_config, kv_cache_config, settings.config)
+            self._worker = WorkerHalf(vllm_config, kv_cache_config, settings)
 
     # ---- scheduler
 

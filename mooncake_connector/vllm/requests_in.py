@@ -185,11 +185,16 @@ class DecodeRequests:
             )
             return None
         incarnations = params.get("remote_incarnations") or ("",) * len(addresses)
-        return Remote(
+        remote = Remote(
             transfer_id,
             tuple(addresses),
             tuple(str(incarnation) for incarnation in incarnations),
             bootstrap,
             str(params.get("remote_engine_id") or ""),
-            str(params.get("test_protocol") or "") if self._testing else "",
+        )
+        if not self._testing:
+            return remote
+        return remote._replace(
+            protocol=str(params.get("test_protocol") or ""),
+            delay_s=float(params.get("test_delay_s") or 0),
         )

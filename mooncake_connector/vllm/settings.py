@@ -23,8 +23,9 @@ class Settings(NamedTuple):
 
     Attributes:
         config: The connector's settings; `engine.host` is vLLM's own choice when not set.
-        testing: `{"testing": true}` in `kv_connector_extra_config`: a request may name the
-            transport to use in `kv_transfer_params["test_protocol"]`.
+        testing: `{"testing": true}` in `kv_connector_extra_config`: a request may force a
+            transport and slow it down, `kv_transfer_params["test_protocol"]` and
+            `["test_delay_s"]` (seconds per slice of 64 KiB, until the next request says other).
     """
 
     config: ConnectorConfig

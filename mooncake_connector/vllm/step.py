@@ -53,7 +53,8 @@ class Remote(NamedTuple):
     incarnations: tuple[str, ...]
     bootstrap: str
     engine_id: str
-    protocol: str  # "" but in tests
+    protocol: str = ""  # a transport forced by a test
+    delay_s: float = 0.0  # per slice, asked for by a test
 
 
 class Fetch(NamedTuple):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import vllm
 from mooncake_engine import TransferEngine
+from mooncake_engine.testing.faults import Faults, install
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from mooncake_connector.config import ConnectorConfig
+    from mooncake_connector.vllm.settings import Settings
     from mooncake_connector.vllm.step import Fetch, Remote, Step
 
 log = logging.getLogger(__name__)
@@ -40,12 +41,14 @@ class WorkerHalf:
     """Lives in one of vLLM's worker processes; methods are called from its one thread."""
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: ConnectorConfig
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
     ) -> None:
         """Nothing is opened before `register_kv_caches`."""
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
-        self._config = config
+        self._config = settings.config
+        # Only tests slow transfers down, so that a kill in the middle of one is certain.
+        self._faults = Faults(slice_bytes=64 << 10) if settings.testing else None
         self._opened = contextlib.ExitStack()
         self._node: Node | None = None
 
@@ -60,6 +63,8 @@ class WorkerHalf:
         spec, layout = describe(self._vllm_config, self._kv_cache_config, kv_caches, rank)
         with _cpus_of_parent(), contextlib.ExitStack() as opening:
             engine = opening.enter_context(TransferEngine(self._config.engine))
+            if self._faults is not None:
+                install(engine, self._faults)
             for address, nbytes, location in memory_of(kv_caches):
                 engine.register_memory(address, nbytes, location=location)
             self._node = Node(
@@ -112,6 +117,8 @@ class WorkerHalf:
         for remote in step.claims:
             node.claim(remote.transfer_id, self._peer(remote))
         for fetch in step.fetches:
+            if self._faults is not None:
+                self._faults.delay_per_slice_s = fetch.remote.delay_s
             node.fetch(self._request(fetch))
         for request_id in step.cancelled:
             node.cancel(request_id)
