@@ -43,6 +43,8 @@ VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "OMP_NUM_THREADS": "1",  # three servers share few cores
+    # Else every server pins its worker to the same core and spins there: requests took minutes.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_HOST_IP": HOST,
 }
 
