@@ -1,0 +1,38 @@
+"""What is in the wheel, and what must not be: `check_wheel.py WHEEL SOURCE_FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+PACKAGES = {"mooncake_connector": "", "mooncake_engine": "engine"}  # import name -> folder above
+
+
+def problems(wheel: Path, source: Path) -> list[str]:
+    """One sentence per difference between the wheel and both packages' folders."""
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if not name.endswith("/")}
+    expected = {
+        str(file.relative_to(source / above))
+        for package, above in PACKAGES.items()
+        for file in (source / above / package).rglob("*")
+        if file.is_file() and file.suffix in {".py", ".json", ".typed"}
+    }
+    found = [f"{name} is not in the wheel" for name in sorted(expected - shipped)]
+    found += [
+        f"{name} does not belong in the wheel"
+        for name in sorted(shipped - expected)
+        if not name.split("/")[0].endswith(".dist-info")
+    ]
+    if "mooncake_connector/data/mooncake.json" not in shipped:
+        found.append(
+            "mooncake_connector/data/mooncake.json, which `config init` writes, is missing"
+        )
+    return found
+
+
+if __name__ == "__main__":
+    complaints = problems(Path(sys.argv[1]), Path(sys.argv[2]))
+    print("\n".join(complaints) or f"{Path(sys.argv[1]).name}: holds both packages, nothing else")
+    sys.exit(bool(complaints))
