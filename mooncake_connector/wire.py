@@ -157,7 +157,8 @@ def decode(body: bytes) -> AnyMessage:
     """
     try:
         return _decoder.decode(body)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        # The last two: text that is not UTF-8, and an unknown field of a thousand nested lists.
         raise WireError(f"not a message of wire version {VERSION}: {exc}") from exc
 
 
