@@ -34,7 +34,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     request_timeout_s: Seconds = 300.0  # one request's total, from which every wait draws
     # A router's params can reach decode before prefill's worker has heard of the request.
     unknown_transfer_grace_s: Seconds = 30.0
-    control_port: Port = 0  # where peers' messages arrive, on `engine.host`; 0: any
+    control_port: Port = 0  # of rank 0 on `engine.host`, rank r listens r above it; 0: any
     max_message_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 16 << 20
     http_url: str = ""  # of this server's API, published so that the proxy finds it
     bootstrap_port: Port = 0  # prefill: serve `GET /query` for vllm-router's mooncake mode; 0: off

@@ -112,7 +112,7 @@ class Node:
             self.close()
             raise ConnectorError(
                 f"cannot bind the control endpoint to {self._host()!r}, port "
-                f"{config.control_port}: {exc.strerror or exc}; set engine.host and control_port "
+                f"{self._port()}: {exc.strerror or exc}; set engine.host and control_port "
                 "to an address of this machine and a free port (0: any)"
             ) from exc
 
@@ -172,10 +172,12 @@ class Node:
     def _host(self) -> str:
         return self._config.engine.host or "127.0.0.1"
 
+    def _port(self) -> int:
+        """Ranks of one server on one host take neighbouring ports."""
+        return self._config.control_port and self._config.control_port + self.rank
+
     async def _start(self) -> str:
-        self._server = await asyncio.start_server(
-            self._serve, self._host(), self._config.control_port
-        )
+        self._server = await asyncio.start_server(self._serve, self._host(), self._port())
         self._spawn(self._sweep())
         return join_address(self._host(), self._server.sockets[0].getsockname()[1])
 

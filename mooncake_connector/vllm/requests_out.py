@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 from mooncake_connector.vllm.step import Ended, Endpoint, Final, Held, Opened, Step
@@ -40,7 +41,10 @@ class PrefillRequests:
         self._windows = windows
         self._groups = groups
         self._offers: dict[str, _Offer] = {}  # request id -> offer
-        self._held: dict[str, str] = {}  # request id -> transfer id, finished and not yet sent
+        # request id -> (transfer id, prompt key) of the sibling that is offered
+        self._riders: dict[str, tuple[str, str]] = {}
+        # request id -> (transfer id, prompt key), finished and not yet sent
+        self._held: dict[str, tuple[str, str]] = {}
 
     @property
     def busy(self) -> bool:
@@ -51,16 +55,21 @@ class PrefillRequests:
         self, request_id: str, params: dict[str, Any], tokens: int, key: str, step: Step
     ) -> None:
         """A request that will be read by decode."""
-        transfer_id = str(params.get("transfer_id") or request_id)
-        taken = {offer.transfer_id for offer in self._offers.values()} | set(self._held.values())
-        if transfer_id in taken:
-            # One completion call with several prompts, or a router that reuses ids: the first
-            # one is offered, decode computes the others itself (their prompt keys differ).
-            log.warning(
-                "request %s is not offered: transfer_id %s belongs to another live request",
-                request_id,
-                transfer_id,
-            )
+        index, family = family_of(request_id)
+        if index and "transfer_id" not in params:
+            return  # vLLM answers with the first prompt's params: nobody would come for this one
+        transfer_id = str(params.get("transfer_id") or family)
+        live = {offer.transfer_id: offer.key for offer in self._offers.values()}
+        live.update(self._held.values())
+        if transfer_id in live:
+            if live[transfer_id] == key:  # `n` > 1: one of them is held for all
+                self._riders[request_id] = (transfer_id, key)
+            else:
+                log.warning(
+                    "request %s is not offered: transfer_id %s belongs to another live prompt",
+                    request_id,
+                    transfer_id,
+                )
             return
         self._offers[request_id] = _Offer(transfer_id, key, tokens, len(self._groups))
         step.opened.append(Opened(transfer_id, request_id, key))
@@ -120,6 +129,9 @@ class PrefillRequests:
         self, request_id: str, status: str, *, complete: bool, step: Step
     ) -> tuple[bool, dict[str, Any] | None]:
         """Hold the blocks of a request that computed its whole prompt, end any other."""
+        rides_with = self._riders.pop(request_id, None)
+        if rides_with is not None:
+            return False, self._params(*rides_with)
         offer = self._offers.pop(request_id, None)
         if offer is None:
             return False, None
@@ -128,15 +140,19 @@ class PrefillRequests:
             step.ended.append(Ended(offer.transfer_id, reason, retry=False))
             return False, None
         step.held.append(Held(offer.transfer_id, request_id))
-        self._held[request_id] = offer.transfer_id
-        return True, {
+        self._held[request_id] = (offer.transfer_id, offer.key)
+        return True, self._params(offer.transfer_id, offer.key)
+
+    def _params(self, transfer_id: str, key: str) -> dict[str, Any]:
+        """What decode needs; the router hands it on unread."""
+        return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "transfer_id": offer.transfer_id,
+            "transfer_id": transfer_id,
             "remote_engine_id": self._engine_id,
             "remote_endpoints": [endpoint.address for endpoint in self.endpoints],
             "remote_incarnations": [endpoint.incarnation for endpoint in self.endpoints],
-            "remote_prompt_key": offer.key,
+            "remote_prompt_key": key,
             "tp_size": len(self.endpoints),
         }
 
@@ -151,10 +167,27 @@ class PrefillRequests:
         for offer in self._offers.values():
             step.ended.append(Ended(offer.transfer_id, reason, retry=False))
         self._offers.clear()
-        for transfer_id in self._held.values():
+        for transfer_id, _ in self._held.values():
             step.ended.append(Ended(transfer_id, reason, retry=False))
 
 
 def window_pages(window: int, page_size: int) -> int:
     """Pages that a sliding window of `window` tokens may touch, wherever it begins in a page."""
     return -(-window // page_size) + 1
+
+
+_CHILD = re.compile(r"\d+_(.+)")
+_PROMPT = re.compile(r"cmpl-.*-(\d+)-[0-9a-f]{8}")
+
+
+def family_of(request_id: str) -> tuple[int, str]:
+    """(which prompt of its completion call, what the `n` children of that prompt share).
+
+    By the names that vLLM gives: `cmpl-<id>-<prompt>-<8 hex>`, and `<child>_` before it for n > 1.
+    A name of another form is a family of its own, which costs nothing but pages held until the
+    request's total is over.
+    """
+    child = _CHILD.fullmatch(request_id)
+    family = child[1] if child else request_id
+    prompt = _PROMPT.fullmatch(family)
+    return (int(prompt[1]) if prompt else 0), family

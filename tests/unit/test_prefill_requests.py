@@ -140,3 +140,27 @@ def test_a_cache_reset_ends_what_is_computing_and_what_is_held() -> None:
     reset = Step()
     made.reset(reset)
     assert {e.transfer_id for e in reset.ended} == {"t", "r2"}
+
+
+def test_the_children_of_one_prompt_share_one_hold() -> None:
+    made, step = requests(), Step()
+    children = [f"{index}_cmpl-x-0-0123abcd" for index in range(3)]
+    for child in children:
+        made.add(child, {"do_remote_decode": True}, 64, "key", step)
+    assert len(step.opened) == 1
+    first, second, third = children
+    made.scheduled(scheduled(new=((first, [[1]], 0),), tokens={first: 64}), step)
+    keep, params = made.finished(first, "FINISHED_LENGTH_CAPPED", complete=True, step=step)
+    assert keep
+    for child in (second, third):
+        assert made.finished(child, "FINISHED_LENGTH_CAPPED", complete=True, step=step) == (
+            False,
+            params,
+        )
+
+
+def test_only_the_first_prompt_of_a_call_is_offered() -> None:
+    made, step = requests(), Step()
+    made.add("cmpl-x-0-0123abcd", {"do_remote_decode": True}, 64, "key", step)
+    made.add("cmpl-x-1-0123abcd", {"do_remote_decode": True}, 64, "other", step)
+    assert [o.request_id for o in step.opened] == ["cmpl-x-0-0123abcd"]
