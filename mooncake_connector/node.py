@@ -14,6 +14,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from mooncake_engine.hosts import own_address
+
 from mooncake_connector import wire
 from mooncake_connector.control import Channel, join_address
 from mooncake_connector.decode import DecodeSide
@@ -170,7 +172,7 @@ class Node:
         self._post(channel.send, message)
 
     def _host(self) -> str:
-        return self._config.engine.host or "127.0.0.1"
+        return own_address(self._config.engine)
 
     def _port(self) -> int:
         """Ranks of one server on one host take neighbouring ports."""

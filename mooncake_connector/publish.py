@@ -8,6 +8,8 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Self
 
+from mooncake_engine.hosts import own_address
+
 from mooncake_connector.bootstrap import BootstrapError, BootstrapServer
 from mooncake_connector.cluster import NODES, NodeRecord, decode_node, encode_node, node_key
 from mooncake_connector.errors import WireError
@@ -82,7 +84,7 @@ class Bootstrap:
         self, config: ConnectorConfig, engine_id: str, addresses: Mapping[int, str]
     ) -> None:
         self._server = BootstrapServer(
-            config.engine.host,
+            own_address(config.engine),
             config.bootstrap_port,
             engine_id=engine_id,
             worker_addresses=addresses,
