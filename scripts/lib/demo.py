@@ -50,7 +50,7 @@ class Result(msgspec.Struct, frozen=True):
 
 def prompts() -> dict[str, list[int]]:
     """Name -> token ids."""
-    named = {f"{length} tokens": token_prompt(length, seed=length) for length in LENGTHS}
+    named = {f"length {length}": token_prompt(length, seed=length) for length in LENGTHS}
     prefix = token_prompt(SHARED_PREFIX, seed=0)
     for suffix in SUFFIXES:
         named[f"{SHARED_PREFIX} shared + {suffix}"] = prefix + token_prompt(suffix, seed=-suffix)

@@ -95,13 +95,14 @@ class Child:
         self.stop()
 
 
-def stop_all(children: Sequence[Child]) -> None:
+def stop_all(children: Sequence[Child], grace_s: float = 10.0) -> None:
     """Stop all of them side by side; Ctrl-C meanwhile does not leave one behind."""
+    deadline = time.monotonic() + grace_s
     with _signals_ignored():
         for child in children:
             child.signal(signal.SIGTERM)
         for child in children:
-            child.stop()
+            child.stop(max(0.0, deadline - time.monotonic()))
 
 
 @contextlib.contextmanager
