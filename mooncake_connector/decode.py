@@ -62,10 +62,11 @@ class Results(NamedTuple):
 class _Fetch:
     """One request on its way."""
 
-    def __init__(self, request: FetchRequest, reader: str, deadline: float) -> None:
+    def __init__(self, request: FetchRequest, reader: str, total: float) -> None:
         self.request = request
         self.reader = reader
-        self.deadline = deadline
+        self.total = total  # when the request's total is over
+        self.deadline = total  # when the present state has lasted too long
         self.state = FetchState.WAITING
         self.peer: Peer | None = None
         self.attempt = 0
@@ -188,6 +189,7 @@ class DecodeSide:
 
     def _subscribe(self, fetch: _Fetch) -> None:
         fetch.attempt, fetch.grant, fetch.arrived, fetch.last = 0, b"", 0, False
+        fetch.deadline = fetch.total
         fetch.unread = [[] for _ in self._tables]
         request = fetch.request
         peer = fetch.peer = self._peers.get(request.peer)

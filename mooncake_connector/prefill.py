@@ -61,6 +61,7 @@ class _Hold:
         self.claims: set[Channel] = set()
         self.reason = ""  # why it ended, told to late comers
         self.retry = False  # it ended by a preemption: the next attempt is on its way
+        self.left = False  # its readers are through: nobody will come for a next attempt either
 
 
 class _Parked(NamedTuple):
@@ -117,6 +118,10 @@ class PrefillSide:
             )
             self._live[transfer_id] = hold
             self._engine.grant(hold.grant)
+            before = self._tombstones.get((transfer_id, attempt - 1))
+            if before is not None and before.retry and before.left:
+                hold.left, hold.reason = True, before.reason
+                self._apply(hold, HoldEvent.RELEASED)
             for parked in self._parked.pop(transfer_id, ()):
                 self._replay(hold, parked)
 
@@ -306,6 +311,7 @@ class PrefillSide:
         open_readers = len(hold.readers) - settled
         if not hold.claims and not open_readers and (settled >= hold.expected or not settled):
             hold.reason = reason
+            hold.left = True
             self._apply(hold, HoldEvent.RELEASED)
 
     def _verdict(self, channel: Channel, message: wire.Release, *, held: bool) -> None:
