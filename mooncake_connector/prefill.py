@@ -7,16 +7,13 @@ nodes say. One lock covers both, because ending a grant and judging a release mu
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from mooncake_connector import wire
 from mooncake_connector.errors import WireError
-from mooncake_connector.plan import PageRun
+from mooncake_connector.holds import Hold, Reader
 from mooncake_connector.session import HOLD_TABLE, HoldAction, HoldEvent, HoldState, step
 
 if TYPE_CHECKING:
@@ -26,42 +23,10 @@ if TYPE_CHECKING:
 
     from mooncake_connector.config import ConnectorConfig
     from mooncake_connector.control import Channel
+    from mooncake_connector.plan import PageRun
     from mooncake_connector.stats import Stats
 
 log = logging.getLogger(__name__)
-
-
-class _Reader:
-    """One reading rank of one attempt."""
-
-    def __init__(self, channel: Channel, first_page: int, groups: int) -> None:
-        self.channel = channel
-        self.sent = [first_page] * groups  # position behind the last page told, per group
-        self.told_last = False
-        self.held: bool | None = None  # the verdict, once fixed
-
-
-class _Hold:
-    """One attempt of one transfer."""
-
-    def __init__(
-        self, transfer_id: str, attempt: int, request_id: str, prompt_key: str, deadline: float
-    ) -> None:
-        self.transfer_id = transfer_id
-        self.attempt = attempt
-        self.request_id = request_id
-        self.prompt_key = prompt_key
-        self.deadline = deadline
-        self.state = HoldState.COMPUTING
-        self.grant = secrets.token_bytes(16)
-        self.pages: list[PageRun] = []
-        self.last = False
-        self.readers: dict[str, _Reader] = {}
-        self.expected = 1
-        self.claims: set[Channel] = set()
-        self.reason = ""  # why it ended, told to late comers
-        self.retry = False  # it ended by a preemption: the next attempt is on its way
-        self.left = False  # its readers are through: nobody will come for a next attempt either
 
 
 class _Parked(NamedTuple):
@@ -90,9 +55,9 @@ class PrefillSide:
         self._send = send
         self._now = now
         self._lock = threading.Lock()  # guards everything below
-        self._live: dict[str, _Hold] = {}
+        self._live: dict[str, Hold] = {}
         # Ended attempts answer repeats until their deadline; newest attempt per transfer.
-        self._tombstones: dict[tuple[str, int], _Hold] = {}
+        self._tombstones: dict[tuple[str, int], Hold] = {}
         self._attempts: dict[str, int] = {}
         self._parked: dict[str, list[_Parked]] = defaultdict(list)
         self._sent: set[str] = set()
@@ -109,7 +74,7 @@ class PrefillSide:
                 return
             attempt = self._attempts.get(transfer_id, 0) + 1
             self._attempts[transfer_id] = attempt
-            hold = _Hold(
+            hold = Hold(
                 transfer_id,
                 attempt,
                 request_id,
@@ -131,12 +96,7 @@ class PrefillSide:
             hold = self._live.get(transfer_id)
             if hold is None or hold.last:
                 return
-            hold.pages = (
-                [_extend(a, b) for a, b in zip(hold.pages, pages, strict=True)]
-                if hold.pages
-                else list(pages)
-            )
-            hold.last = last
+            hold.add_pages(pages, last=last)
             self._apply(hold, HoldEvent.PAGES)
 
     def hold(self, transfer_id: str, request_id: str) -> None:
@@ -257,13 +217,13 @@ class PrefillSide:
         expires = self._now() + self._config.unknown_transfer_grace_s
         self._parked[message.transfer_id].append(_Parked(channel, message, expires))
 
-    def _replay(self, hold: _Hold, parked: _Parked) -> None:
+    def _replay(self, hold: Hold, parked: _Parked) -> None:
         if parked.channel is None:  # who asked is dead: do not keep the pages for it
             self._conclude_if_all_left(hold, "the decode node that claimed it is gone")
         else:
             self._dispatch(parked.channel, parked.message)
 
-    def _subscribe(self, channel: Channel, hold: _Hold, message: wire.Subscribe) -> None:
+    def _subscribe(self, channel: Channel, hold: Hold, message: wire.Subscribe) -> None:
         if message.prompt_key != hold.prompt_key:
             self._stats.failure("prompt_differs")
             self._gone(
@@ -281,13 +241,11 @@ class PrefillSide:
         hold.claims.discard(channel)
         reader = hold.readers.get(message.reader)
         if reader is None or reader.held is None:  # a repeat starts from the first page again
-            groups = len(hold.pages) or 1
-            reader = _Reader(channel, message.first_page, groups)
-            reader.sent = [message.first_page]
+            reader = Reader(channel, message.first_page)
             hold.readers[message.reader] = reader
         self._tell(hold, reader)
 
-    def _release(self, channel: Channel, hold: _Hold | None, message: wire.Release) -> None:
+    def _release(self, channel: Channel, hold: Hold | None, message: wire.Release) -> None:
         if hold is None or message.attempt not in (0, hold.attempt):  # 0: never subscribed
             ended = self._tombstones.get((message.transfer_id, message.attempt))
             if message.attempt == 0 and message.transfer_id not in self._attempts:
@@ -298,7 +256,7 @@ class PrefillSide:
             return
         reader = hold.readers.get(message.reader)
         if reader is None:
-            reader = hold.readers[message.reader] = _Reader(channel, 0, 1)
+            reader = hold.readers[message.reader] = Reader(channel)
         if reader.held is None:
             # `end` takes the same lock before any page is reused: alive now means alive so far.
             reader.held = hold.state in (HoldState.COMPUTING, HoldState.HELD)
@@ -306,10 +264,8 @@ class PrefillSide:
         self._verdict(channel, message, held=reader.held)
         self._conclude_if_all_left(hold, "all its readers released it")
 
-    def _conclude_if_all_left(self, hold: _Hold, reason: str) -> None:
-        settled = sum(reader.held is not None for reader in hold.readers.values())
-        open_readers = len(hold.readers) - settled
-        if not hold.claims and not open_readers and (settled >= hold.expected or not settled):
+    def _conclude_if_all_left(self, hold: Hold, reason: str) -> None:
+        if hold.all_left():
             hold.reason = reason
             hold.left = True
             self._apply(hold, HoldEvent.RELEASED)
@@ -339,7 +295,7 @@ class PrefillSide:
             f"{self._config.unknown_transfer_grace_s:g} s (unknown_transfer_grace_s)"
         )
 
-    def _apply(self, hold: _Hold, event: HoldEvent) -> None:
+    def _apply(self, hold: Hold, event: HoldEvent) -> None:
         hold.state, actions = step(HOLD_TABLE, hold.state, event)
         for action in actions:
             match action:
@@ -365,37 +321,8 @@ class PrefillSide:
             hold.deadline = self._now() + self._config.request_timeout_s
             self._tombstones[hold.transfer_id, hold.attempt] = hold
 
-    def _tell(self, hold: _Hold, reader: _Reader) -> None:
+    def _tell(self, hold: Hold, reader: Reader) -> None:
         """Send what this reader does not know yet."""
-        if not hold.pages or reader.held is not None or reader.told_last:
-            return
-        if len(reader.sent) != len(hold.pages):
-            reader.sent = [reader.sent[0]] * len(hold.pages)
-        news = [_tail(run, sent) for run, sent in zip(hold.pages, reader.sent, strict=True)]
-        if not hold.last and not any(len(run.ids) for run in news):
-            return
-        reader.sent = [max(sent, run.end) for sent, run in zip(reader.sent, news, strict=True)]
-        reader.told_last = hold.last
-        self._send(
-            reader.channel,
-            wire.Ready(
-                transfer_id=hold.transfer_id,
-                attempt=hold.attempt,
-                grant=hold.grant,
-                pages=tuple(wire.pack_pages(run) for run in news),
-                last=hold.last,
-            ),
-        )
-
-
-def _extend(run: PageRun, more: PageRun) -> PageRun:
-    if not len(run.ids):
-        return more
-    if len(more.ids) and more.first != run.end:
-        raise ValueError(f"pages continue at position {more.first}, expected {run.end}")
-    return PageRun(run.first, np.concatenate([run.ids, more.ids]))
-
-
-def _tail(run: PageRun, first: int) -> PageRun:
-    first = max(first, run.first)
-    return PageRun(first, run.ids[first - run.first :])
+        ready = hold.news_for(reader)
+        if ready is not None:
+            self._send(reader.channel, ready)

@@ -1,0 +1,97 @@
+"""What prefill knows of one attempt of one transfer, and of each of its readers. Pure."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mooncake_connector import wire
+from mooncake_connector.plan import PageRun
+from mooncake_connector.session import HoldState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mooncake_connector.control import Channel
+
+
+class Reader:
+    """One reading rank of one attempt."""
+
+    def __init__(self, channel: Channel, first_page: int = 0) -> None:
+        self.channel = channel
+        self.first_page = first_page
+        self.told: list[int] = []  # position behind the last page told, per group
+        self.told_last = False
+        self.held: bool | None = None  # the verdict, once fixed
+
+
+class Hold:
+    """One attempt of one transfer. `deadline` is on the clock of the side that keeps it."""
+
+    def __init__(
+        self, transfer_id: str, attempt: int, request_id: str, prompt_key: str, deadline: float
+    ) -> None:
+        self.transfer_id = transfer_id
+        self.attempt = attempt
+        self.request_id = request_id
+        self.prompt_key = prompt_key
+        self.deadline = deadline
+        self.state = HoldState.COMPUTING
+        self.grant = secrets.token_bytes(16)
+        self.pages: list[PageRun] = []  # final ones, a run per group
+        self.last = False  # no more pages will become final
+        self.readers: dict[str, Reader] = {}
+        self.expected = 1  # how many readers must release
+        self.claims: set[Channel] = set()
+        self.reason = ""  # why it ended, told to late comers
+        self.retry = False  # it ended by a preemption: the next attempt is on its way
+        self.left = False  # its readers are through: nobody will come for a next attempt either
+
+    def add_pages(self, pages: Sequence[PageRun], *, last: bool) -> None:
+        """More pages are final; each group's run continues where its last one ended."""
+        self.last = last
+        if self.pages:
+            self.pages = [_extend(a, b) for a, b in zip(self.pages, pages, strict=True)]
+        else:
+            self.pages = list(pages)
+
+    def news_for(self, reader: Reader) -> wire.Ready | None:
+        """What this reader was not told yet, or None; it counts as told."""
+        if not self.pages or reader.held is not None or reader.told_last:
+            return None
+        told = reader.told or [reader.first_page] * len(self.pages)
+        news = [_tail(run, position) for run, position in zip(self.pages, told, strict=True)]
+        if not self.last and not any(len(run.ids) for run in news):
+            return None
+        reader.told = [max(before, run.end) for before, run in zip(told, news, strict=True)]
+        reader.told_last = self.last
+        return wire.Ready(
+            transfer_id=self.transfer_id,
+            attempt=self.attempt,
+            grant=self.grant,
+            pages=tuple(wire.pack_pages(run) for run in news),
+            last=self.last,
+        )
+
+    def all_left(self) -> bool:
+        """Did everybody who came, or announced to come, release or die?"""
+        settled = sum(reader.held is not None for reader in self.readers.values())
+        if self.claims or settled < len(self.readers):
+            return False
+        return settled >= self.expected or not settled
+
+
+def _extend(run: PageRun, more: PageRun) -> PageRun:
+    if not len(run.ids):
+        return more
+    if len(more.ids) and more.first != run.end:
+        raise ValueError(f"pages continue at position {more.first}, expected {run.end}")
+    return PageRun(run.first, np.concatenate([run.ids, more.ids]))
+
+
+def _tail(run: PageRun, first: int) -> PageRun:
+    first = max(first, run.first)
+    return PageRun(first, run.ids[first - run.first :])
