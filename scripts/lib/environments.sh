@@ -46,7 +46,7 @@ environment() {
 pip_install() {
     local folder=$1
     shift
-    "$folder/bin/python" -m pip install --quiet "$@"
+    "$folder/bin/python" -m pip install -qq "$@" # errors only
 }
 
 # The developer's environment: linters, types, the fast tests.
