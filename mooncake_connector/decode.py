@@ -10,7 +10,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from mooncake_engine import EngineError
+from mooncake_engine import EngineError, Status
 
 from mooncake_connector import plan, wire
 from mooncake_connector.errors import WireError
@@ -170,17 +170,19 @@ class DecodeSide:
         now = self._now()
         for fetch in [f for f in self._fetches.values() if f.deadline <= now]:
             limit = self._config.request_timeout_s
-            if fetch.state is FetchState.CONFIRMING:
+            if fetch.state in (FetchState.CONFIRMING, FetchState.REFUSED):
                 limit = self._config.peer_dead_after_s
             doing = fetch.state.name.lower()
             self._fail(fetch, FetchEvent.TIMEOUT, "timeout", f"still {doing} after {limit:g} s")
             fetch.deadline = float("inf")  # what is left is bounded by the engine's time-out
 
-    def close(self) -> None:
-        """Cancel every own read; nothing is reported any more."""
-        for fetch in list(self._fetches.values()):
-            if fetch.batch is not None:
-                fetch.batch.cancel()
+    async def close(self) -> None:
+        """Cancel every own read and wait until none touches our pages; reports nothing."""
+        batches = [fetch.batch for fetch in self._fetches.values() if fetch.batch is not None]
+        for batch in batches:
+            batch.cancel()
+        for batch in batches:
+            await batch
 
     # ---- inside
 
@@ -227,6 +229,8 @@ class DecodeSide:
                 if message.attempt not in (0, fetch.attempt) and fetch.attempt:
                     return
                 event = FetchEvent.GONE_RETRY if message.retry else FetchEvent.GONE
+                if fetch.state is FetchState.REFUSED:
+                    fetch.error = ""  # the notice says better why the read was refused
                 self._fail(fetch, event, "gone", f"prefill gave it up: {message.reason}")
             case wire.Released():
                 if message.attempt != fetch.attempt or message.reader != fetch.reader:
@@ -271,9 +275,7 @@ class DecodeSide:
                     fetch.kind = fetch.error = ""
                     self._subscribe(fetch)
                 case FetchAction.RELEASE:
-                    fetch.deadline = min(
-                        fetch.deadline, self._now() + self._config.peer_dead_after_s
-                    )
+                    self._expect_word_soon(fetch)
                     self._release(fetch, ok=True)
                 case FetchAction.RELEASE_UNREAD:
                     self._release(fetch, ok=False)
@@ -281,6 +283,10 @@ class DecodeSide:
                     self._report(fetch, failed=False)
                 case FetchAction.REPORT_FAILED:
                     self._report(fetch, failed=True)
+
+    def _expect_word_soon(self, fetch: _Fetch) -> None:
+        """Prefill answers at once or is not well: do not wait for it as long as for a prompt."""
+        fetch.deadline = min(fetch.total, self._now() + self._config.peer_dead_after_s)
 
     def _release(self, fetch: _Fetch, *, ok: bool) -> None:
         assert fetch.peer is not None
@@ -324,12 +330,11 @@ class DecodeSide:
     def _on_batch(self, fetch: _Fetch, done: Completion) -> None:
         fetch.batch = None
         if not done.ok:
-            self._fail(
-                fetch,
-                FetchEvent.READ_FAILED,
-                "read",
-                f"reading by {done.path.scheme}: {done.error}",
-            )
+            event = FetchEvent.READ_FAILED
+            if done.status is Status.REFUSED and fetch.state is FetchState.READING:
+                event = FetchEvent.READ_REFUSED
+                self._expect_word_soon(fetch)
+            self._fail(fetch, event, "read", f"reading by {done.path.scheme}: {done.error}")
             return
         self._stats.batch(done)
         if any(fetch.unread):

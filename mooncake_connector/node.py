@@ -150,7 +150,11 @@ class Node:
             return
         self._closed = True
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(_CLOSE_S)
+            stopping = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+            try:
+                stopping.result(_CLOSE_S)
+            except TimeoutError:
+                log.error("a read did not end within %g s; closing the engine ends it", _CLOSE_S)  # noqa: TRY400  # a traceback says nothing here
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_CLOSE_S)
 
@@ -191,8 +195,8 @@ class Node:
     async def _stop(self) -> None:
         if hasattr(self, "_server"):
             self._server.close()
-        self._decode.close()
-        await self._peers.close()
+        await self._peers.close()  # their fetches cancel what they read
+        await self._decode.close()
         for channel in list(self._channels):
             channel.close("this node shuts down")
         tasks = list(self._tasks)
@@ -224,6 +228,9 @@ class Node:
             if await self._welcome(channel):
                 reason = await channel.run(lambda m: self.prefill.on_message(channel, m))
                 log.info("decode node %s left: %s", channel.peer, reason)
+        except asyncio.CancelledError:
+            # Only `_stop` cancels. Python 3.11 logs a cancelled connection task as an error.
+            log.debug("decode node %s is left: %s", channel.peer, reason)
         finally:
             channel.close(reason)
             self._channels.discard(channel)

@@ -53,6 +53,7 @@ class FetchState(enum.Enum):
     WAITING = enum.auto()  # subscribed; no own read runs
     READING = enum.auto()  # one batch of reads runs
     RESTARTING = enum.auto()  # the attempt is gone; its reads drain, then subscribe anew
+    REFUSED = enum.auto()  # prefill served no more; its notice, on the other socket, says why
     FAILING = enum.auto()  # will be reported failed when the reads have drained
     ABORTING = enum.auto()  # will be reported received when the reads have drained
     CONFIRMING = enum.auto()  # all bytes are here; waiting for prefill's verdict
@@ -66,6 +67,7 @@ class FetchEvent(enum.Enum):
     READ_MORE = enum.auto()  # the batch completed; unread pages are already known
     READ_WAIT = enum.auto()  # the batch completed; more pages will come
     READ_ALL = enum.auto()  # the batch completed and was the last
+    READ_REFUSED = enum.auto()  # prefill's engine said no: the grant ended, a notice will come
     READ_FAILED = enum.auto()  # the batch ended otherwise
     NOTHING_LEFT = enum.auto()  # last Ready, and nothing of it is unread
     GONE = enum.auto()
@@ -116,6 +118,7 @@ FETCH_TABLE: dict[tuple[FetchState, FetchEvent], tuple[FetchState, tuple[FetchAc
     (_F.READING, _FE.READ_MORE): (_F.READING, (_FA.READ,)),
     (_F.READING, _FE.READ_WAIT): (_F.WAITING, ()),
     (_F.READING, _FE.READ_ALL): (_F.CONFIRMING, (_FA.RELEASE,)),
+    (_F.READING, _FE.READ_REFUSED): (_F.REFUSED, ()),
     (_F.READING, _FE.READ_FAILED): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
     (_F.READING, _FE.GONE): (_F.FAILING, (_FA.CANCEL_READ,)),
     (_F.READING, _FE.GONE_RETRY): (_F.RESTARTING, (_FA.CANCEL_READ,)),
@@ -126,6 +129,11 @@ FETCH_TABLE: dict[tuple[FetchState, FetchEvent], tuple[FetchState, tuple[FetchAc
     (_F.RESTARTING, _FE.PEER_LOST): (_F.FAILING, ()),
     (_F.RESTARTING, _FE.TIMEOUT): (_F.FAILING, ()),
     (_F.RESTARTING, _FE.ABORT): (_F.ABORTING, ()),
+    (_F.REFUSED, _FE.GONE): (_F.ENDED, (_FA.REPORT_FAILED,)),
+    (_F.REFUSED, _FE.GONE_RETRY): (_F.WAITING, (_FA.SUBSCRIBE_ANEW,)),
+    (_F.REFUSED, _FE.PEER_LOST): (_F.ENDED, (_FA.REPORT_FAILED,)),
+    (_F.REFUSED, _FE.TIMEOUT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
+    (_F.REFUSED, _FE.ABORT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_RECEIVED)),
     (_F.FAILING, _FE.ABORT): (_F.ABORTING, ()),
     (_F.CONFIRMING, _FE.HELD): (_F.ENDED, (_FA.REPORT_RECEIVED,)),
     (_F.CONFIRMING, _FE.EXPIRED): (_F.ENDED, (_FA.REPORT_FAILED,)),
@@ -135,7 +143,13 @@ FETCH_TABLE: dict[tuple[FetchState, FetchEvent], tuple[FetchState, tuple[FetchAc
     (_F.CONFIRMING, _FE.TIMEOUT): (_F.ENDED, (_FA.REPORT_FAILED,)),
     (_F.CONFIRMING, _FE.ABORT): (_F.ENDED, (_FA.REPORT_RECEIVED,)),
 }
-for _read in (_FE.READ_MORE, _FE.READ_WAIT, _FE.READ_ALL, _FE.READ_FAILED):
+for _read in (
+    _FE.READ_MORE,
+    _FE.READ_WAIT,
+    _FE.READ_ALL,
+    _FE.READ_REFUSED,
+    _FE.READ_FAILED,
+):
     # However the cancelled batch ended, no own read runs any more.
     FETCH_TABLE[_F.RESTARTING, _read] = (_F.WAITING, (_FA.SUBSCRIBE_ANEW,))
     FETCH_TABLE[_F.FAILING, _read] = (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED))

@@ -18,7 +18,7 @@ from mooncake_connector.session import (
     step,
 )
 
-READS = {FetchEvent.READ_MORE, FetchEvent.READ_WAIT, FetchEvent.READ_ALL, FetchEvent.READ_FAILED}
+READS = {event for event in FetchEvent if event.name.startswith("READ_")}
 REPORTS = {FetchAction.REPORT_RECEIVED, FetchAction.REPORT_FAILED}
 
 
