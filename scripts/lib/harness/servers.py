@@ -173,15 +173,12 @@ class Servers:
             ],
         )
 
-    def start(self, name: str, port: int, command: Sequence[str]) -> Server:
+    def start(
+        self, name: str, port: int, command: Sequence[str], timeout_s: float = PROXY_TIMEOUT_S
+    ) -> Server:
         """Start any other HTTP server that listens on `port`; returns at once."""
-        server = Server(
-            name,
-            f"http://{HOST}:{port}",
-            command,
-            self._logs / f"{name}.log",
-            timeout_s=PROXY_TIMEOUT_S,
-        )
+        url = f"http://{HOST}:{port}"
+        server = Server(name, url, command, self._logs / f"{name}.log", timeout_s=timeout_s)
         self._children.append(server)
         return server
 
