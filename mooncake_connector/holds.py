@@ -76,6 +76,12 @@ class Hold:
             last=self.last,
         )
 
+    def follow(self, before: Hold) -> bool:
+        """Expect those whom a preempted attempt left unserved; False: they are all gone."""
+        unserved = {r.channel for r in before.readers.values() if r.held is None} | before.claims
+        self.claims = {channel for channel in unserved if not channel.closed_because}
+        return bool(self.claims) or not (unserved or before.left)
+
     def all_left(self) -> bool:
         """Did everybody who came, or announced to come, release or die?"""
         settled = sum(reader.held is not None for reader in self.readers.values())

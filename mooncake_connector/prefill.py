@@ -84,11 +84,14 @@ class PrefillSide:
             self._live[transfer_id] = hold
             self._engine.grant(hold.grant)
             before = self._tombstones.get((transfer_id, attempt - 1))
-            if before is not None and before.retry and before.left:
-                hold.left, hold.reason = True, before.reason
-                self._apply(hold, HoldEvent.RELEASED)
-            for parked in self._parked.pop(transfer_id, ()):
-                self._replay(hold, parked)
+            if before is not None and before.retry and not hold.follow(before):
+                self._conclude_if_all_left(hold, "all its readers left the attempt before")
+            waited = self._parked.pop(transfer_id, ())
+            for parked in waited:
+                if parked.channel is not None:
+                    self._dispatch(parked.channel, parked.message)
+            if any(parked.channel is None for parked in waited):
+                self._conclude_if_all_left(hold, "the decode node that claimed it is gone")
 
     def pages_ready(self, transfer_id: str, pages: Sequence[PageRun], *, last: bool) -> None:
         """These pages (one run per group, in order) are final; call behind the device's event."""
@@ -174,7 +177,8 @@ class PrefillSide:
         """End what is over; called several times a second."""
         now = self._now()
         with self._lock:
-            for hold in [h for h in self._live.values() if h.deadline <= now]:
+            late = [h for h in self._live.values() if h.deadline <= now]
+            for hold in [h for h in late if h.state is not HoldState.LEFT]:
                 hold.reason = f"nobody released it within {self._config.request_timeout_s:g} s"
                 self._stats.failure("hold_timeout")
                 log.warning("transfer %s: %s", hold.transfer_id, hold.reason)
@@ -217,12 +221,6 @@ class PrefillSide:
         expires = self._now() + self._config.unknown_transfer_grace_s
         self._parked[message.transfer_id].append(_Parked(channel, message, expires))
 
-    def _replay(self, hold: Hold, parked: _Parked) -> None:
-        if parked.channel is None:  # who asked is dead: do not keep the pages for it
-            self._conclude_if_all_left(hold, "the decode node that claimed it is gone")
-        else:
-            self._dispatch(parked.channel, parked.message)
-
     def _subscribe(self, channel: Channel, hold: Hold, message: wire.Subscribe) -> None:
         if message.prompt_key != hold.prompt_key:
             self._stats.failure("prompt_differs")
@@ -240,20 +238,28 @@ class PrefillSide:
         hold.expected = max(hold.expected, message.readers)
         hold.claims.discard(channel)
         reader = hold.readers.get(message.reader)
-        if reader is None or reader.held is None:  # a repeat starts from the first page again
-            reader = Reader(channel, message.first_page)
-            hold.readers[message.reader] = reader
+        if reader is not None and reader.held is not None:
+            reason = f"{message.reader} released it and cannot read it any more"
+            self._gone(channel, hold.transfer_id, hold.attempt, reason)
+            return
+        # A repeat starts from the first page again.
+        reader = hold.readers[message.reader] = Reader(channel, message.first_page)
         self._tell(hold, reader)
 
     def _release(self, channel: Channel, hold: Hold | None, message: wire.Release) -> None:
-        if hold is None or message.attempt not in (0, hold.attempt):  # 0: never subscribed
-            ended = self._tombstones.get((message.transfer_id, message.attempt))
-            if message.attempt == 0 and message.transfer_id not in self._attempts:
-                self._park(channel, message)  # prefill will be told of the request later
+        if hold is None or message.attempt not in (0, hold.attempt):  # 0: it was told of none
+            attempt = message.attempt or self._attempts.get(message.transfer_id, 0)
+            ended = self._tombstones.get((message.transfer_id, attempt))
+            if message.attempt == 0 and (ended is None or ended.retry):
+                self._park(
+                    channel, message
+                )  # the framework will open it, for the first time or anew
                 return
-            reader = ended.readers.get(message.reader) if ended is not None else None
-            self._verdict(channel, message, held=bool(reader and reader.held))
-            return
+            if ended is None or message.ok or not ended.retry:
+                reader = ended.readers.get(message.reader) if ended is not None else None
+                self._verdict(channel, message, held=bool(reader and reader.held))
+                return
+            hold = hold or ended  # it gave up a preempted attempt: nor will it come for the next
         reader = hold.readers.get(message.reader)
         if reader is None:
             reader = hold.readers[message.reader] = Reader(channel)
