@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from typing import TYPE_CHECKING
 
 from mooncake_connector import wire
@@ -41,8 +40,6 @@ class Channel:
         self._beats_allowed = max(1, int(dead_after_s / heartbeat_s))
         self._silent_beats = 0
         self._max_message_bytes = max_message_bytes
-        sock = writer.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: wire.Message) -> None:
         """Queue a message; never waits; nothing when the channel is closed. Loop thread only."""
@@ -113,8 +110,8 @@ class Channel:
 
 
 def _name(writer: asyncio.StreamWriter) -> str:
-    host, port = writer.get_extra_info("peername")[:2]
-    return join_address(host, port)
+    peername = writer.get_extra_info("peername")
+    return join_address(*peername[:2]) if peername else "somebody who is gone already"
 
 
 def join_address(host: str, port: int) -> str:

@@ -21,7 +21,7 @@ from mooncake_connector.control import Channel, join_address
 from mooncake_connector.decode import DecodeSide
 from mooncake_connector.errors import ConnectorError, PeerUnreachable
 from mooncake_connector.layout import PieceTable
-from mooncake_connector.peers import Peers, refuse_unless_compatible
+from mooncake_connector.peers import Peers, refuse_slow_heart, refuse_unless_compatible
 from mooncake_connector.prefill import PrefillSide
 from mooncake_connector.stats import Stats
 
@@ -276,3 +276,4 @@ class Node:
                 f"{self.incarnation}; the KV that it came for is gone"
             )
         refuse_unless_compatible(self._spec, hello.spec)
+        refuse_slow_heart(hello.heartbeat_s, self._config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -25,7 +26,7 @@ from mooncake_connector.plan import differences
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mooncake_engine import Segment, TransferEngine
+    from mooncake_engine import Segment, SegmentRecord, TransferEngine
 
     from mooncake_connector.config import ConnectorConfig
     from mooncake_connector.layout import CacheSpec
@@ -102,6 +103,8 @@ class Peers:
         self._on_message = on_message
         self._on_lost = on_lost
         self._peers: dict[PeerRef, Peer] = {}
+        self._users: Counter[Segment] = Counter()  # several refs may name one engine
+        self._closing: dict[Segment, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def get(self, ref: PeerRef) -> Peer:
@@ -131,8 +134,13 @@ class Peers:
             reason = "is gone: " + await channel.run(lambda m: self._on_message(peer, m))
         except (PeerUnreachable, WireError, EngineError) as exc:
             reason = str(exc)
-        except (OSError, EOFError, TimeoutError, ValueError) as exc:
-            reason = f"cannot be reached: {exc or type(exc).__name__}"
+        except TimeoutError:
+            limit = self._config.engine.connect_timeout_s
+            reason = f"did not answer within {limit:g} s (engine.connect_timeout_s)"
+        except EOFError:
+            reason = "closed the connection before it said welcome"
+        except (OSError, ValueError) as exc:
+            reason = f"cannot be reached: {exc}"
         except Exception as exc:  # one bad peer must not end the node's loop
             log.exception("connection to prefill node %s", peer.ref)
             reason = f"cannot be used: {exc!r}"
@@ -145,7 +153,26 @@ class Peers:
                 del self._peers[peer.ref]
             self._on_lost(peer, f"{peer.ref} {reason}")
         if opened:  # not when cancelled: then the engine closes next, with all its segments
-            await asyncio.to_thread(peer.segment.close)
+            await self._give_back(peer.segment)
+
+    async def _open(self, record: SegmentRecord, protocol: str | None) -> Segment:
+        """Open the segment, or share it; it is not about to be closed."""
+        while True:
+            segment = await asyncio.to_thread(self._engine.open_segment, record, protocol=protocol)
+            closing = self._closing.get(segment)
+            if closing is None:
+                self._users[segment] += 1
+                return segment
+            await closing
+
+    async def _give_back(self, segment: Segment) -> None:
+        """Close the segment when nobody shares it."""
+        self._users[segment] -= 1
+        if not self._users[segment]:
+            del self._users[segment]
+            self._closing[segment] = asyncio.ensure_future(asyncio.to_thread(segment.close))
+            await self._closing[segment]
+            del self._closing[segment]
 
     async def _connect(self, peer: Peer) -> Channel:
         """Connect, exchange Hello and Welcome, check that a plan exists, open the segment."""
@@ -165,10 +192,8 @@ class Peers:
             welcome = await asyncio.wait_for(channel.receive(), timeout)
             self._check(welcome)
             assert isinstance(welcome, wire.Welcome)
-            peer.tables = [PieceTable(layers) for layers in welcome.layout.groups]
-            peer.segment = await asyncio.to_thread(
-                self._engine.open_segment, welcome.segment, protocol=peer.ref.protocol or None
-            )
+            peer.tables = _tables(welcome)
+            peer.segment = await self._open(welcome.segment, peer.ref.protocol or None)
         except BaseException:
             channel.close("the handshake failed")
             raise
@@ -186,8 +211,9 @@ class Peers:
         match answer:
             case wire.Refused(reason=reason):
                 raise PeerUnreachable(f"refused us: {reason}")
-            case wire.Welcome(spec=spec):
+            case wire.Welcome(spec=spec, heartbeat_s=heartbeat_s):
                 refuse_unless_compatible(spec, self._hello.spec)
+                refuse_slow_heart(heartbeat_s, self._config)
             case _:
                 raise WireError(f"answered Hello with {type(answer).__name__}")
 
@@ -218,6 +244,27 @@ class Peers:
                 return entry.worker_addr[ref.rank][0]
         raise PeerUnreachable(
             f"cannot be found: {url} knows no rank {ref.rank} of engine {ref.engine_id}"
+        )
+
+
+def _tables(welcome: wire.Welcome) -> list[PieceTable]:
+    """Where its pages are; WireError when its layout and its spec do not describe one cache."""
+    layers = [len(group.layers) for group in welcome.spec.groups]
+    found = [len(group) for group in welcome.layout.groups]
+    if found != layers:
+        raise WireError(f"describes {layers} layers by group and gives the addresses of {found}")
+    try:
+        return [PieceTable(group) for group in welcome.layout.groups]
+    except (OverflowError, ValueError) as exc:
+        raise WireError(f"gives addresses that are none: {exc}") from exc
+
+
+def refuse_slow_heart(heartbeat_s: float, config: ConnectorConfig) -> None:
+    """Raise `PeerUnreachable` when a peer would be taken for dead between two of its beats."""
+    if heartbeat_s >= config.peer_dead_after_s:
+        raise PeerUnreachable(
+            f"says so little (heartbeat_interval_s {heartbeat_s:g}) that this node takes it for "
+            f"dead (peer_dead_after_s {config.peer_dead_after_s:g}); set them alike on both"
         )
 
 

@@ -140,8 +140,9 @@ FETCH_TABLE: dict[tuple[FetchState, FetchEvent], tuple[FetchState, tuple[FetchAc
     (_F.CONFIRMING, _FE.GONE): (_F.ENDED, (_FA.REPORT_FAILED,)),
     (_F.CONFIRMING, _FE.GONE_RETRY): (_F.WAITING, (_FA.SUBSCRIBE_ANEW,)),
     (_F.CONFIRMING, _FE.PEER_LOST): (_F.ENDED, (_FA.REPORT_FAILED,)),
-    (_F.CONFIRMING, _FE.TIMEOUT): (_F.ENDED, (_FA.REPORT_FAILED,)),
-    (_F.CONFIRMING, _FE.ABORT): (_F.ENDED, (_FA.REPORT_RECEIVED,)),
+    # Said again, as giving up: had prefill preempted it meanwhile, it would wait for our return.
+    (_F.CONFIRMING, _FE.TIMEOUT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
+    (_F.CONFIRMING, _FE.ABORT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_RECEIVED)),
 }
 for _read in (
     _FE.READ_MORE,
