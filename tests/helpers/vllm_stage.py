@@ -1,0 +1,164 @@
+"""Real vLLM servers for the integration tests, and what they say about themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etcd_stage import EtcdServer, wait_until
+from harness.completions import token_prompt
+from harness.servers import Server, Servers, connector, free_port, get
+from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+PAGE = 64  # tokens
+PAGE_BYTES = 4 * (64 << 10)  # of the tiny model: 4 layers, each 1 KiB a token
+CHUNK = 256  # tokens that prefill computes in one step
+#: Of the nodes' records in these tests: how long etcd lists a server that was killed.
+LEASE_TTL_S = 5
+#: A reply may need this long on two cores that do other things too; a quiet one needs half a second.
+REPLY_S = 120.0
+#: Until a server that has nothing to do says so: one engine step and one look at its metrics.
+IDLE_S = 20.0
+
+SCRIPTS = Path(__file__).parents[2] / "scripts/lib"
+
+
+class Stage:
+    """One aggregated server, which is always right, beside one prefill/decode pair.
+
+    A test may kill a side and start it again; every other test finds both alive.
+    """
+
+    def __init__(self, servers: Servers, etcd: EtcdServer) -> None:
+        self.servers = servers
+        self.etcd = etcd
+        self.bootstrap_port = free_port()
+        self.aggregated: Server
+        self.prefill: Server
+        self.decode: Server
+        self.decode_policy = ""  # kv_load_failure_policy
+        self._starts: dict[str, int] = {}
+        self._asked: dict[str, itertools.count[int]] = {}
+
+    def start(self) -> None:
+        """Start all three side by side and wait until they are ready."""
+        self.aggregated = self._vllm("aggregated")
+        self.start_prefill(wait=False)
+        self.start_decode("recompute", wait=False)
+        for server in (self.aggregated, self.prefill, self.decode):
+            server.wait_ready()
+
+    def start_prefill(self, *, wait: bool = True, **transfer: object) -> None:
+        """`transfer` goes over the `--kv-transfer-config`."""
+        settings = {"bootstrap_port": self.bootstrap_port}
+        self.prefill = self._vllm(
+            "prefill",
+            self._transfer("kv_producer", settings) | transfer,
+            "--max-num-batched-tokens",
+            str(CHUNK),
+        )
+        if wait:
+            self.prefill.wait_ready()
+
+    def start_decode(self, policy: str, *, wait: bool = True, **transfer: object) -> None:
+        """`policy` is what a failed load leads to: "recompute" or "fail"."""
+        self.decode_policy = policy
+        self.decode = self._vllm(
+            "decode",
+            self._transfer("kv_consumer", {}) | {"kv_load_failure_policy": policy} | transfer,
+        )
+        if wait:
+            self.decode.wait_ready()
+
+    def proxy(self, style: str) -> Server:
+        """Start an embedded proxy that finds the servers in etcd and takes tests' overrides."""
+        name = f"proxy-{style}"
+        return self.servers.proxy(
+            self.etcd.address, "--style", style, "--allow-overrides", name=name
+        )
+
+    def idle(self) -> None:
+        """Fail unless both sides come to rest with every page free."""
+        for server in (self.prefill, self.decode):
+            wait_until(lambda server=server: at_rest(server), IDLE_S, f"{server.name} is at rest")
+
+    def prompt(self, length: int, name: str = "") -> list[int]:
+        """Token ids that no other request of this run begins with, the same in every run."""
+        count = self._asked.setdefault(name, itertools.count())
+        return token_prompt(length, zlib.crc32(f"{name} {next(count)} {length}".encode()))
+
+    def _transfer(self, role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        common = {"testing": True, "engine.metadata.lease_ttl_s": LEASE_TTL_S}
+        return connector(role, self.etcd.address, common | settings)
+
+    def _vllm(self, name: str, transfer: Mapping[str, Any] | None = None, *flags: str) -> Server:
+        number = self._starts[name] = self._starts.get(name, 0) + 1
+        return self.servers.vllm(name if number == 1 else f"{name}-{number}", transfer, flags)
+
+
+@contextlib.contextmanager
+def opened(folder: Path, model: Path) -> Iterator[Stage]:
+    """A started stage; its logs are in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not model.exists():
+        subprocess.run([sys.executable, SCRIPTS / "tiny_model.py", model], check=True, timeout=300)
+    etcd = EtcdServer(folder)
+    etcd.start()
+    try:
+        with Servers(folder, model) as servers:
+            stage = Stage(servers, etcd)
+            stage.start()
+            yield stage
+    finally:
+        etcd.kill()
+
+
+def metric(server: Server, name: str, **labels: str) -> float:
+    """The sum of all samples called `name` that have these labels; 0 when there is none."""
+    total = 0.0
+    for family in text_string_to_metric_families(get(server.url, "/metrics", 30)[1]):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                total += sample.value
+    return total
+
+
+def held_pages(server: Server) -> int:
+    """Pages of finished prefills that wait for decode."""
+    return int(metric(server, "mooncake_connector:held_pages"))
+
+
+def waiting(server: Server) -> int:
+    """Requests that wait, also those whose KV is on its way."""
+    return int(metric(server, "vllm:num_requests_waiting"))
+
+
+def at_rest(server: Server) -> bool:
+    """True when no request is there and no page in use or held."""
+    names = (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "mooncake_connector:held_pages",
+    )
+    return not any(metric(server, name) for name in names)
+
+
+def until(condition: Callable[[], bool], within: float, what: str) -> None:
+    """As `wait_until`, for a server that may be starting: no answer is not yet."""
+
+    def met() -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return condition()
+        return False
+
+    wait_until(met, within, what)

@@ -1,0 +1,61 @@
+"""One aggregated server and one pair for all tests here; each leaves the pair at rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import vllm_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from harness.servers import Server
+    from vllm_stage import Stage
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the servers' logs go."""
+    named = os.environ.get("MOONCAKE_TEST_LOGS")
+    return Path(named) if named else tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny model, which need not exist."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM: run scripts/test integration")
+    named = os.environ.get("MOONCAKE_TEST_MODEL")
+    return Path(named) if named else tmp_path_factory.getbasetemp() / "tiny"
+
+
+@pytest.fixture(scope="session")
+def session_stage(folder: Path, model: Path) -> Iterator[Stage]:
+    with vllm_stage.opened(folder, model) as stage:
+        yield stage
+
+
+@pytest.fixture
+def stage(session_stage: Stage) -> Iterator[Stage]:
+    """The servers; afterwards no request may be left and every page must be free."""
+    yield session_stage
+    session_stage.idle()
+
+
+@pytest.fixture
+def prompt(stage: Stage, request: pytest.FixtureRequest) -> Callable[[int], list[int]]:
+    """Makes prompts of a length, each unlike any other of this run, so that no cache has it."""
+    return lambda length: stage.prompt(length, request.node.nodeid)
+
+
+@pytest.fixture(scope="session")
+def proxies(session_stage: Stage) -> dict[str, Server]:
+    """An embedded proxy of each style, by style."""
+    started = {style: session_stage.proxy(style) for style in ("prefill-first", "both-at-once")}
+    for proxy in started.values():
+        proxy.wait_ready()
+    return started
