@@ -244,8 +244,11 @@ class Node:
             if not isinstance(hello, wire.Hello):
                 raise PeerUnreachable(f"it began with {type(hello).__name__} instead of Hello")
             self._check(hello)
-        except (ConnectorError, OSError, EOFError, TimeoutError) as exc:
-            reason = str(exc) or type(exc).__name__
+        except (ConnectorError, OSError, EOFError) as exc:
+            reason = str(exc)
+            if isinstance(exc, TimeoutError):
+                limit = self._config.engine.connect_timeout_s
+                reason = f"it did not say Hello within {limit:g} s (engine.connect_timeout_s)"
             log.warning("refused a connection from %s: %s", channel.peer, reason)
             channel.send(wire.Refused(reason=reason))
             await channel.flush()
