@@ -90,7 +90,8 @@ class Rank:
             for layer in itertools.chain(*self.cache):
                 layer[:] = random.integers(1, 2**32, layer.shape, np.uint32)
         self.config = ConnectorConfig(
-            engine=engine_config(protocol, connect_timeout_s=2.0, **(engine or {})), **settings
+            engine=engine_config(protocol, **{"connect_timeout_s": 2.0, **(engine or {})}),
+            **settings,
         )
         self.spec = msgspec.structs.replace(
             CacheSpec(
@@ -150,9 +151,13 @@ class Rank:
 
     def offer(self, *runs: PageRun, transfer: str = "t", key: str = "key") -> None:
         """Compute a prompt and hold its pages; the request is called "p-<transfer>"."""
+        self.compute(*runs, transfer=transfer, key=key)
+        self.node.prefill.hold(transfer, f"p-{transfer}")
+
+    def compute(self, *runs: PageRun, transfer: str = "t", key: str = "key") -> None:
+        """Compute a whole prompt that has not finished yet."""
         self.node.prefill.open(transfer, f"p-{transfer}", key)
         self.node.prefill.pages_ready(transfer, runs, last=True)
-        self.node.prefill.hold(transfer, f"p-{transfer}")
 
     # What the framework does on the decode side.
 

@@ -86,7 +86,7 @@ def hello(prefill: Rank, **fields: object) -> wire.Hello:
         incarnation="raw",
         expects="",
         spec=prefill.spec,
-        heartbeat_s=1.0,
+        heartbeat_s=0.1,
     )
     return msgspec.structs.replace(like, **fields)
 
@@ -147,7 +147,7 @@ class RawPrefill:
             spec=self._like.spec,
             layout=self._like.layout,
             segment=self._like.engine.record(),
-            heartbeat_s=1.0,
+            heartbeat_s=0.1,
         )
         return msgspec.structs.replace(like, **fields)
 

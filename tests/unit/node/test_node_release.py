@@ -1,0 +1,326 @@
+"""Rule 3: a verdict is `held` only if the pages were prefill's up to the receipt of Release."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import raw_peer
+from mooncake_engine import Status
+from node_stage import Clock, Rank, run, until
+from raw_peer import release, subscribe
+
+from mooncake_connector import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def decode(prefill: Rank) -> Iterator[raw_peer.RawPeer]:
+    """A decode node that says what the test says."""
+    with raw_peer.join(prefill) as peer:
+        yield peer
+
+
+def read(decode: raw_peer.RawPeer) -> wire.Ready:
+    """Subscribe and hear of the pages."""
+    decode.send(subscribe())
+    return decode.receive(wire.Ready)
+
+
+def verdict(decode: raw_peer.RawPeer, attempt: int = 1, **fields: object) -> bool:
+    """Release and hear the verdict."""
+    decode.send(release(attempt, **fields))
+    said = decode.receive(wire.Released)
+    assert said.attempt == attempt
+    return said.held
+
+
+def test_pages_released_while_they_are_held_were_held(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.offer(run(0, 1))
+    read(decode)
+    assert verdict(decode)
+    prefill.await_sent()
+
+
+def test_pages_reused_before_the_release_are_expired_although_every_byte_was_read(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.offer(run(0, 1))
+    read(decode)
+    prefill.node.prefill.end("t", "reused", retry=False)
+    assert not decode.receive(wire.Gone).retry
+    assert not verdict(decode)
+    prefill.await_sent()
+
+
+def test_a_real_decode_throws_expired_bytes_away(
+    make: Callable[..., Rank], prefill: Rank, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = make("other")
+    other.faults.hold()
+    prefill.offer(run(0, 1))
+    other.fetch(prefill.ref, run(0, 1))
+    other.faults.wait_held()
+    prefill.node.prefill.end("t", "the server's cache was reset", retry=False)
+    other.faults.release()
+    assert not other.await_end()
+    assert other.failures == {"gone": 1}
+    assert "the server's cache was reset" in caplog.text
+
+
+def test_the_first_verdict_stays_whatever_happens_later(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.offer(run(0, 1))
+    read(decode)
+    assert verdict(decode)
+    assert verdict(decode)  # again, of the ended attempt
+    prefill.node.prefill.end("t", "reused", retry=False)
+    assert verdict(decode)
+    prefill.await_sent()  # and freed once: the stage looks at the end
+
+
+def test_a_verdict_of_expired_stays_expired(prefill: Rank, decode: raw_peer.RawPeer) -> None:
+    prefill.offer(run(0, 1))
+    read(decode)
+    prefill.node.prefill.end("t", "reused", retry=False)
+    decode.receive(wire.Gone)
+    assert not verdict(decode)
+    prefill.offer(run(0, 2))  # the same id for another request
+    assert not verdict(decode)
+    prefill.look()
+    assert prefill.sent == ["p-t"]  # of the first: the second is still held
+    prefill.sent.clear()
+
+
+def test_a_release_of_what_never_was_is_expired(prefill: Rank, decode: raw_peer.RawPeer) -> None:
+    assert not verdict(decode, 3)
+    prefill.offer(run(0, 1))
+    read(decode)
+    assert not verdict(decode, 3)  # of an attempt to come
+    assert not verdict(decode, 1, transfer="other")
+    assert prefill.node.prefill.held_pages() == 1
+
+
+def test_pages_released_before_the_request_finished_are_freed_once_it_is_held(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.compute(run(0, 1))
+    read(decode)
+    assert verdict(decode)
+    prefill.look()
+    assert prefill.sent == []  # vLLM asserts that only held requests are reported
+    prefill.node.prefill.hold("t", "p-t")
+    prefill.look()
+    assert prefill.sent == ["p-t"]
+
+
+def test_pages_of_a_request_that_is_not_held_are_never_reported(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.compute(run(0, 1))
+    read(decode)
+    prefill.node.prefill.end("t", "aborted", retry=False)
+    decode.receive(wire.Gone)
+    assert not verdict(decode)
+    prefill.look()
+    assert prefill.sent == []
+
+
+def test_giving_up_before_subscribing_frees_the_pages(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.offer(run(0, 1))
+    decode.send(release(0, ok=False))
+    prefill.await_sent()
+
+
+def test_giving_up_before_prefill_has_heard_of_the_request_frees_its_pages(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    decode.send(release(0, ok=False))
+    until(lambda: prefill.node.prefill._parked, "the parked release")
+    prefill.offer(run(0, 1))
+    prefill.await_sent()
+
+
+def test_giving_up_a_preempted_attempt_gives_up_the_next_one_too(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    """An abort crosses the notice of a preemption: it names an attempt that is over."""
+    prefill.compute(run(0, 1))
+    read(decode)
+    prefill.node.prefill.end("t", "preempted", retry=True)
+    prefill.offer(run(0, 2))
+    decode.send(release(1, ok=False))
+    prefill.await_sent()
+
+
+def test_giving_up_between_two_attempts_gives_up_the_next_one(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.compute(run(0, 1))
+    read(decode)
+    prefill.node.prefill.end("t", "preempted", retry=True)
+    decode.receive(wire.Gone)
+    assert not verdict(decode, 1, ok=False)
+    prefill.offer(run(0, 2))
+    prefill.await_sent()
+
+
+def test_giving_up_while_waiting_for_the_next_attempt_gives_it_up(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.compute(run(0, 1))
+    read(decode)
+    prefill.node.prefill.end("t", "preempted", retry=True)
+    decode.send(subscribe(), release(0, ok=False))
+    until(lambda: len(prefill.node.prefill._parked["t"]) == 2, "both to be parked")
+    prefill.offer(run(0, 2))
+    prefill.await_sent()
+
+
+def test_one_who_gave_up_and_asks_again_is_told_so(prefill: Rank, decode: raw_peer.RawPeer) -> None:
+    prefill.node.prefill.open("t", "p-t", "key")
+    decode.send(subscribe(reader="other"), release(0, ok=False), subscribe())
+    decode.receive(wire.Released)
+    assert "raw released it" in decode.receive(wire.Gone).reason
+    assert prefill.readers() == 2  # and the other one is still waited for
+
+
+def test_a_repeated_subscription_is_told_all_pages_again_and_counts_once(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.offer(run(0, 1, 2))
+    assert read(decode) == read(decode)
+    assert verdict(decode)
+    prefill.await_sent()
+
+
+def test_pages_are_kept_until_every_reader_has_released_them(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.offer(run(0, 1))
+    decode.send(subscribe(readers=2))
+    decode.receive(wire.Ready)
+    assert verdict(decode)
+    assert prefill.node.prefill.held_pages() == 1  # the second reader has not even come yet
+    decode.send(subscribe(readers=2, reader="second"))
+    decode.receive(wire.Ready)
+    assert verdict(decode, reader="second")
+    prefill.await_sent()
+
+
+def test_a_grant_is_over_for_servers_of_bytes_before_end_returns(
+    make: Callable[..., Rank],
+) -> None:
+    prefill, decode = make("prefill", seed=1, protocol="tcp"), make("decode", protocol="tcp")
+    prefill.offer(run(0, 1))
+    with raw_peer.join(prefill) as peer:
+        grant = read(peer).grant
+        segment = decode.engine.open_segment(prefill.engine.record())
+        rows = [(decode.layout.groups[0][0].address, prefill.layout.groups[0][0].address, 64)]
+        assert decode.engine.submit("read", segment, rows, grant=grant).wait(10).ok
+        prefill.node.prefill.end("t", "reused", retry=False)
+        assert decode.engine.submit("read", segment, rows, grant=grant).wait(10).status is (
+            Status.REFUSED
+        )
+    prefill.await_sent()
+
+
+def test_no_verdict_is_held_once_end_has_returned(
+    make: Callable[..., Rank],
+) -> None:
+    """Many ends race with many releases; what `end` left undecided must come out `expired`."""
+    transfers = 3000
+    names = [f"t{n}" for n in range(transfers)]
+    prefill = make("prefill", seed=1)
+    side = prefill.node.prefill
+    undecided: set[str] = set()
+    held: set[str] = set()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with raw_peer.join(prefill) as peer:
+            channel = next(iter(prefill.node._channels))
+            for name in names:
+                side.open(name, name, "key")
+                side.on_message(channel, subscribe(name))
+            ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+            def end_all() -> None:
+                for _ in names:
+                    name = ends.get(timeout=20)
+                    with_readers = side._live[name].readers
+                    side.end(name, "reused", retry=False)
+                    if with_readers["raw"].held is None:
+                        undecided.add(name)
+
+            ending = threading.Thread(target=end_all)
+            ending.start()
+            for name in names:
+                ends.put(name)
+                side.on_message(channel, release(1, name))
+            ending.join(20)
+            for _ in names:
+                said = next_verdict(peer)
+                if said.held:
+                    held.add(said.transfer_id)
+    finally:
+        sys.setswitchinterval(before)
+    assert undecided, "no end came first: the race did not take place"
+    assert held, "no release came first: the race did not take place"
+    assert not undecided & held
+
+
+def next_verdict(peer: raw_peer.RawPeer) -> wire.Released:
+    while True:
+        said = peer.receive(wire.Message)
+        if isinstance(said, wire.Released):
+            return said
+
+
+def test_a_hold_that_nobody_releases_ends_with_its_total_and_says_so_once(
+    make: Callable[..., Rank], caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    prefill = make("prefill", seed=1, now=clock, request_timeout_s=300.0)
+    prefill.offer(run(0, 1))
+    with raw_peer.join(prefill) as decode:
+        read(decode)
+        clock.advance(301)
+        assert "nobody released it within 300 s" in decode.receive(wire.Gone).reason
+        assert not verdict(decode)
+    prefill.await_sent()
+    assert prefill.failures == {"hold_timeout": 1}
+    assert caplog.text.count("nobody released it") == 1
+
+
+def test_a_prompt_that_computes_longer_than_its_total_is_given_up_once_and_not_reported(
+    make: Callable[..., Rank], caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    prefill = make("prefill", seed=1, now=clock, request_timeout_s=300.0)
+    prefill.node.prefill.open("t", "p-t", "key")
+    with raw_peer.join(prefill) as decode:
+        decode.send(subscribe())
+        until(prefill.readers, "the reader")
+        clock.advance(301)
+        decode.receive(wire.Gone)
+        decode.send(subscribe("later"))  # a few more looks at the clock pass
+        until(lambda: prefill.node.prefill._parked, "the later subscription to be parked")
+        clock.advance(31)
+        assert "not told of transfer later" in decode.receive(wire.Gone).reason
+    prefill.look()
+    assert prefill.sent == []
+    assert prefill.failures == {"hold_timeout": 1}
+    assert caplog.text.count("nobody released it") == 1
+    prefill.node.prefill.hold("t", "p-t")
+    prefill.await_sent()
