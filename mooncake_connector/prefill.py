@@ -165,7 +165,7 @@ class PrefillSide:
                     if reader.channel is channel and reader.held is None:
                         reader.held = False
                         involved = True
-                if involved:
+                if involved and hold.state is not HoldState.LEFT:  # else it was given up before
                     self._stats.failure("reader_gone")
                     self._conclude_if_all_left(hold, f"decode node {channel.peer} is gone")
             for entries in self._parked.values():
