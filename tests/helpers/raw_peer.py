@@ -45,17 +45,15 @@ class RawPeer:
                 return message
 
     def is_closed(self) -> bool:
-        """Wait until the other side has closed; False when it says something else instead."""
+        """Wait until the other side hangs up, whatever it says before; False when it does not."""
         try:
-            while True:
-                prefix = self.socket.recv(wire.PREFIX_BYTES, socket.MSG_WAITALL)
-                if not prefix:
-                    return True
-                body = self._exactly(int.from_bytes(prefix, "big"))
-                if not isinstance(wire.decode(body), wire.Ping):
-                    return False
+            while self.socket.recv(65536):
+                pass
         except ConnectionError:
             return True
+        except TimeoutError:
+            return False
+        return True
 
     def reset(self) -> None:
         """Die as a killed process with unread data does: the peer gets a reset."""
