@@ -98,7 +98,7 @@ def main() -> int:
     try:
         run(options, console)
     except (ServerFailed, BenchFailed, subprocess.TimeoutExpired) as failed:
-        console.print(str(failed), markup=False)
+        console.print(str(failed), markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("stopped; every server has ended")

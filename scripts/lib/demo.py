@@ -169,7 +169,7 @@ def main() -> int:
     try:
         return run(arguments, console)
     except ServerFailed as failed:
-        console.print(str(failed), markup=False)
+        console.print(str(failed), markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("stopped; every server has ended")
