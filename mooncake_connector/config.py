@@ -32,6 +32,8 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     heartbeat_interval_s: Seconds = 2.0  # from a thread of the node, never from engine steps
     peer_dead_after_s: Seconds = 10.0  # silence after which a peer is dead
     request_timeout_s: Seconds = 300.0  # one request's total, from which every wait draws
+    # A hold that no decode server asked for: the client or the router went away in between.
+    unclaimed_hold_s: Seconds = 60.0
     # A router's params can reach decode before prefill's worker has heard of the request.
     unknown_transfer_grace_s: Seconds = 30.0
     control_port: Port = 0  # of rank 0 on `engine.host`, rank r listens r above it; 0: any

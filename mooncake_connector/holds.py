@@ -46,6 +46,7 @@ class Hold:
         self.readers: dict[str, Reader] = {}
         self.expected = 1  # how many readers must release
         self.claims: set[Channel] = set()
+        self.unclaimed_until = float("inf")  # when to give up on a hold that nobody asked for
         self.reason = ""  # why it ended, told to late comers
         self.retry = False  # it ended by a preemption: the next attempt is on its way
         self.left = False  # its readers are through: nobody will come for a next attempt either
@@ -81,6 +82,11 @@ class Hold:
         unserved = {r.channel for r in before.readers.values() if r.held is None} | before.claims
         self.claims = {channel for channel in unserved if not channel.closed_because}
         return bool(self.claims) or not (unserved or before.left)
+
+    def over(self, now: float) -> bool:
+        """Has the request's total passed, or did nobody ask for a finished one for too long?"""
+        unclaimed = not self.claims and not self.readers and self.unclaimed_until <= now
+        return unclaimed or self.deadline <= now
 
     def all_left(self) -> bool:
         """Did everybody who came, or announced to come, release or die?"""

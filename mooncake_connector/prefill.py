@@ -110,6 +110,8 @@ class PrefillSide:
                 # Ended before (or never offered): nobody will come, free at once.
                 self._sent.add(request_id)
                 return
+            hold.unclaimed_until = self._now() + self._config.unclaimed_hold_s
+            hold.unclaimed_until = self._now() + self._config.unclaimed_hold_s
             self._apply(hold, HoldEvent.HOLD)
 
     def end(self, transfer_id: str, reason: str, *, retry: bool) -> None:
@@ -179,8 +181,13 @@ class PrefillSide:
         with self._lock:
             late = [h for h in self._live.values() if h.deadline <= now]
             for hold in [h for h in late if h.state is not HoldState.LEFT]:
-                hold.reason = f"nobody released it within {self._config.request_timeout_s:g} s"
-                self._stats.failure("hold_timeout")
+                if hold.deadline <= now:
+                    kind, limit = "hold_timeout", self._config.request_timeout_s
+                    hold.reason = f"nobody released it within {limit:g} s (request_timeout_s)"
+                else:
+                    kind, limit = "unclaimed", self._config.unclaimed_hold_s
+                    hold.reason = f"no decode server asked for it within {limit:g} s"
+                self._stats.failure(kind)
                 log.warning("transfer %s: %s", hold.transfer_id, hold.reason)
                 self._apply(hold, HoldEvent.TIMEOUT)
             for key in [k for k, h in self._tombstones.items() if h.deadline <= now]:
