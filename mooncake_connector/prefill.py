@@ -111,7 +111,6 @@ class PrefillSide:
                 self._sent.add(request_id)
                 return
             hold.unclaimed_until = self._now() + self._config.unclaimed_hold_s
-            hold.unclaimed_until = self._now() + self._config.unclaimed_hold_s
             self._apply(hold, HoldEvent.HOLD)
 
     def end(self, transfer_id: str, reason: str, *, retry: bool) -> None:
@@ -180,7 +179,7 @@ class PrefillSide:
         now = self._now()
         with self._lock:
             late = [h for h in self._live.values() if h.deadline <= now]
-            for hold in [h for h in late if h.state is not HoldState.LEFT]:
+            for hold in [hold for hold in self._live.values() if hold.over(now)]:
                 if hold.deadline <= now:
                     kind, limit = "hold_timeout", self._config.request_timeout_s
                     hold.reason = f"nobody released it within {limit:g} s (request_timeout_s)"
