@@ -178,8 +178,8 @@ class PrefillSide:
         """End what is over; called several times a second."""
         now = self._now()
         with self._lock:
-            late = [h for h in self._live.values() if h.deadline <= now]
-            for hold in [hold for hold in self._live.values() if hold.over(now)]:
+            late = [hold for hold in self._live.values() if hold.over(now)]
+            for hold in [hold for hold in late if hold.state is not HoldState.LEFT]:
                 if hold.deadline <= now:
                     kind, limit = "hold_timeout", self._config.request_timeout_s
                     hold.reason = f"nobody released it within {limit:g} s (request_timeout_s)"
