@@ -207,8 +207,11 @@ class Node:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            self.prefill.sweep()
-            self._decode.sweep()
+            try:
+                self.prefill.sweep()
+                self._decode.sweep()
+            except Exception:  # noqa: BLE001  # without sweeps nothing would ever time out
+                log.exception("looking for what is over failed; it is tried again")
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One decode node's connection."""
