@@ -210,7 +210,7 @@ class Node:
             try:
                 self.prefill.sweep()
                 self._decode.sweep()
-            except Exception:  # noqa: BLE001  # without sweeps nothing would ever time out
+            except Exception:  # without sweeps nothing would ever time out
                 log.exception("looking for what is over failed; it is tried again")
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
