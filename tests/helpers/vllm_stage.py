@@ -24,7 +24,7 @@ PAGE_BYTES = 4 * (64 << 10)  # of the tiny model: 4 layers, each 1 KiB a token
 CHUNK = 256  # tokens that prefill computes in one step
 #: Of the nodes' records in these tests: how long etcd lists a server that was killed.
 LEASE_TTL_S = 5
-#: A reply may need this long on two cores that do other things too; a quiet one needs half a second.
+#: For one reply on two cores that do other things too; a quiet machine needs half a second.
 REPLY_S = 120.0
 #: Until a server that has nothing to do says so: one engine step and one look at its metrics.
 IDLE_S = 20.0
@@ -86,8 +86,15 @@ class Stage:
             self.etcd.address, "--style", style, "--allow-overrides", name=name
         )
 
+    def alive(self) -> None:
+        """Raise `ServerFailed`, with the end of its log, for a server that ended."""
+        for server in (self.aggregated, self.prefill, self.decode):
+            if not server.running:
+                raise server.failure("has ended, though no test killed it")
+
     def idle(self) -> None:
         """Fail unless both sides come to rest with every page free."""
+        self.alive()
         for server in (self.prefill, self.decode):
             wait_until(lambda server=server: at_rest(server), IDLE_S, f"{server.name} is at rest")
 
@@ -142,6 +149,11 @@ def waiting(server: Server) -> int:
     return int(metric(server, "vllm:num_requests_waiting"))
 
 
+def running(server: Server) -> int:
+    """Requests that are computed."""
+    return int(metric(server, "vllm:num_requests_running"))
+
+
 def at_rest(server: Server) -> bool:
     """True when no request is there and no page in use or held."""
     names = (
@@ -153,12 +165,12 @@ def at_rest(server: Server) -> bool:
     return not any(metric(server, name) for name in names)
 
 
-def until(condition: Callable[[], bool], within: float, what: str) -> None:
+def until(condition: Callable[[], object], within: float, what: str) -> None:
     """As `wait_until`, for a server that may be starting: no answer is not yet."""
 
     def met() -> bool:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return condition()
+            return bool(condition())
         return False
 
     wait_until(met, within, what)

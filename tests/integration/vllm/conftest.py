@@ -42,6 +42,7 @@ def session_stage(folder: Path, model: Path) -> Iterator[Stage]:
 @pytest.fixture
 def stage(session_stage: Stage) -> Iterator[Stage]:
     """The servers; afterwards no request may be left and every page must be free."""
+    session_stage.alive()
     yield session_stage
     session_stage.idle()
 

@@ -1,0 +1,161 @@
+"""A side that is killed or stopped in mid-transfer, and the other that serves on.
+
+Each test leaves a whole pair: what it killed is started again and must be found again.
+"""
+
+from __future__ import annotations
+
+import http
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+from harness.completions import CompletionFailed
+from harness.transfers import Transfers
+from vllm_requests import Client, ask, prefill_first, prefill_leg, send, slowed
+from vllm_stage import IDLE_S, REPLY_S, held_pages, metric, until, waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from harness.servers import Server
+    from vllm_stage import Stage
+
+pytestmark = pytest.mark.integration
+
+SLOW_S = 5.0  # per slice of 64 KiB: a page has four, so a prompt outlasts any test
+DEAD_S = 12.0  # a peer is dead after 10 s of silence; one that was killed is so at once
+
+
+@pytest.fixture(autouse=True)
+def everything_is_found_again(
+    stage: Stage, proxies: dict[str, Server], prompt: Callable[[int], list[int]]
+) -> Iterator[None]:
+    """After each test the pair works in every way, through proxies that were never restarted."""
+    yield
+    for proxy in proxies.values():
+        until(proxy.healthy, 30, "the proxy has found both sides")
+    before = Transfers.of(stage.decode.url).requests
+    for way in (prefill_first, *(lambda _, ids, p=p: ask(p, ids) for p in proxies.values())):
+        ids = prompt(300)
+        assert way(stage, ids) == ask(stage.aggregated, ids)
+    assert Transfers.of(stage.decode.url).requests == before + 3
+
+
+def in_mid_transfer(stage: Stage, requests: int = 1) -> None:
+    """Return when that many requests' pages are being read, slowly."""
+    until(lambda: waiting(stage.decode) == requests, IDLE_S, "decode waits for KV")
+    until(lambda: held_pages(stage.prefill) > 0, IDLE_S, "prefill holds the pages")
+
+
+@pytest.mark.parametrize("path", ["tcp", "shm"])
+def test_a_prefill_that_stands_still_is_given_up_and_taken_back(
+    stage: Stage, prompt: Callable[[int], list[int]], path: str
+) -> None:
+    with_policy(stage, "recompute")
+    ids = prompt(500)
+    params = prefill_leg(stage, ids) | slowed(path, SLOW_S)
+    with Client(stage.decode, ids, stream=True, kv_transfer_params=params) as client:
+        in_mid_transfer(stage)
+        stage.prefill.signal(signal.SIGSTOP)
+        try:
+            stopped = time.monotonic()
+            tokens = client.streamed()
+            took = time.monotonic() - stopped
+        finally:
+            stage.prefill.signal(signal.SIGCONT)
+    assert [tokens] == ask(stage.aggregated, ids)
+    assert took < DEAD_S + IDLE_S
+    until(lambda: held_pages(stage.prefill) == 0, DEAD_S, "prefill noticed that decode went")
+
+
+def test_a_decode_that_stands_still_never_uses_pages_that_were_given_away(
+    stage: Stage, prompt: Callable[[int], list[int]]
+) -> None:
+    with_policy(stage, "recompute")
+    ids = prompt(500)
+    params = prefill_leg(stage, ids) | slowed("shm", 0.5)
+    with Client(stage.decode, ids, stream=True, kv_transfer_params=params) as client:
+        in_mid_transfer(stage)
+        stage.decode.signal(signal.SIGSTOP)
+        try:
+            until(lambda: held_pages(stage.prefill) == 0, DEAD_S, "prefill gave decode up")
+            for _ in range(9):  # 270 pages of 255: every one is written anew
+                send(stage.prefill, prompt(1900), max_tokens=1)
+        finally:
+            stage.decode.signal(signal.SIGCONT)
+        tokens = client.streamed()
+    assert [tokens] == ask(stage.aggregated, ids)
+
+
+def test_a_killed_prefill_is_replaced_by_decode_computing_itself(
+    stage: Stage, prompt: Callable[[int], list[int]]
+) -> None:
+    with_policy(stage, "recompute")
+    ids = prompt(500)
+    params = prefill_leg(stage, ids) | slowed("tcp", SLOW_S)
+    gone = metric(stage.decode, "mooncake_connector:failures_total", reason="prefill_gone")
+    with Client(stage.decode, ids, stream=True, kv_transfer_params=params) as client:
+        in_mid_transfer(stage)
+        stage.prefill.kill()
+        killed = time.monotonic()
+        tokens = client.streamed()
+    assert [tokens] == ask(stage.aggregated, ids)
+    assert time.monotonic() - killed < DEAD_S + IDLE_S
+    counted = metric(stage.decode, "mooncake_connector:failures_total", reason="prefill_gone")
+    assert counted == gone + 1
+    alone = prompt(300)
+    assert ask(stage.decode, alone) == ask(stage.aggregated, alone)
+    stage.start_prefill(
+        kv_role="kv_both", kv_connector_module_path="mooncake_connector.vllm.connector"
+    )
+
+
+def test_a_killed_decode_leaves_no_page_held_and_prefill_serves_on(
+    stage: Stage, prompt: Callable[[int], list[int]]
+) -> None:
+    ids = prompt(500)
+    params = prefill_leg(stage, ids) | slowed("shm", SLOW_S)
+    with Client(stage.decode, ids, stream=True, kv_transfer_params=params):
+        in_mid_transfer(stage)
+        stage.decode.kill()
+        until(lambda: held_pages(stage.prefill) == 0, 10, "prefill's pages are free")
+    alone = prompt(300)
+    assert ask(stage.prefill, alone) == ask(stage.aggregated, alone)
+    stage.start_decode("fail", kv_role="kv_both")
+
+
+def test_a_killed_prefill_is_a_clear_error_under_the_policy_fail(
+    stage: Stage, proxies: dict[str, Server], prompt: Callable[[int], list[int]]
+) -> None:
+    """A proxy asks decode once more, without the KV: its client sees none of it."""
+    with_policy(stage, "fail")
+    ids, proxied = prompt(500), prompt(500)
+    expected = ask(stage.aggregated, proxied)
+    slow = slowed("tcp", SLOW_S)
+    params = prefill_leg(stage, ids) | slow
+    with ThreadPoolExecutor(2) as threads:
+        direct = threads.submit(send, stage.decode, ids, kv_transfer_params=params)
+        through = threads.submit(ask, proxies["prefill-first"], proxied, kv_transfer_params=slow)
+        in_mid_transfer(stage, requests=2)
+        stage.prefill.kill()
+        killed = time.monotonic()
+        with pytest.raises(CompletionFailed) as failed:
+            direct.result(REPLY_S)
+        took = time.monotonic() - killed
+        assert through.result(REPLY_S) == expected
+    assert failed.value.status == http.HTTPStatus.INTERNAL_SERVER_ERROR
+    assert took < DEAD_S
+    assert "was not received: prefill 127.0.0.1:" in stage.decode.log.read_text()
+    alone = prompt(300)
+    assert ask(stage.decode, alone) == ask(stage.aggregated, alone)
+    stage.start_prefill()
+
+
+def with_policy(stage: Stage, policy: str) -> None:
+    """A decode server with this policy: the running one, when the tests run in their order."""
+    if stage.decode_policy != policy:
+        stage.decode.stop()
+        stage.start_decode(policy)
