@@ -95,7 +95,7 @@ def test_a_prefill_that_is_reset_fails_at_once(
         peer.reset()
         start = time.monotonic()
         failed(decode, "prefill_gone", "is gone", caplog)
-    assert time.monotonic() - start < 8  # silence would take 10 s
+    assert time.monotonic() - start < 8  # silence would take a minute
 
 
 def test_a_prefill_that_is_lost_while_it_is_read_is_reported_after_the_read(
@@ -124,8 +124,8 @@ def test_a_prefill_that_gives_no_verdict_counts_as_expired_in_time(
         peer.send(ready(3))
         peer.receive(wire.Subscribe)
         peer.receive(wire.Release)
-        clock.advance(11)
-        failed(decode, "timeout", "still confirming after 10 s", caplog)
+        clock.advance(61)
+        failed(decode, "timeout", "still confirming after 60 s", caplog)
         assert not peer.receive(wire.Release).ok
 
 
@@ -162,7 +162,7 @@ def test_a_read_that_is_refused_without_a_word_fails_in_time(
     with raw.join() as peer:
         peer.send(ready(3))
         until(lambda: decode.inside().error, "the refusal")
-        clock.advance(11)
+        clock.advance(61)
         failed(decode, "read", "no such grant", caplog)
 
 
@@ -194,7 +194,7 @@ def wrong_welcomes(raw: raw_peer.RawPrefill) -> dict[str, tuple[wire.Message, st
         "fewer layers": (raw.welcome(layout=CacheLayout(((layer,),))), "the addresses of [1]"),
         "no addresses": (raw.welcome(layout=CacheLayout(((below, layer),))), "that are none"),
         "no path": (raw.welcome(segment=lost), "no path to"),
-        "a slow heart": (raw.welcome(heartbeat_s=10.0), "heartbeat_interval_s 10"),
+        "a slow heart": (raw.welcome(heartbeat_s=60.0), "heartbeat_interval_s 60"),
     }
 
 

@@ -102,7 +102,7 @@ def test_an_attempt_that_is_preempted_after_the_last_byte_is_read_again_with_its
     """Release and the notice cross: the verdict on the old attempt comes behind the notice."""
     clock = Clock()
     prefill = make("prefill", seed=1)
-    decode = make("decode", now=clock, peer_dead_after_s=10.0, request_timeout_s=300.0)
+    decode = make("decode", now=clock, request_timeout_s=300.0)
     with raw_peer.RawPrefill(prefill) as raw:
         decode.fetch(raw.ref, run(0, 5))
         with raw.join() as peer:
@@ -119,6 +119,20 @@ def test_an_attempt_that_is_preempted_after_the_last_byte_is_read_again_with_its
             peer.send(wire.Released(transfer_id="t", attempt=2, reader=reader, held=True))
             assert decode.await_end()
     assert decode.bytes_read == 2 * decode.pages(run(0, 5)).nbytes
+
+
+def test_a_next_attempt_that_offers_less_is_not_filled_up_with_the_last_ones_pages(
+    prefill: Rank, decode: Rank
+) -> None:
+    prefill.compute(run(0, 3, 4))
+    decode.faults.hold()
+    decode.fetch(prefill.ref, run(0, 1, 2))
+    decode.faults.wait_held()
+    preempt(prefill)
+    decode.faults.release()
+    prefill.offer(run(0, 20))
+    assert not decode.await_end()
+    assert decode.failures == {"short": 1}
 
 
 def ready(attempt: int) -> wire.Ready:

@@ -52,7 +52,7 @@ def test_a_reader_that_is_reset_gives_the_pages_back_at_once(prefill: Rank) -> N
         decode.send(subscribe())
         decode.receive(wire.Ready)
         decode.reset()
-    # Silence would be noticed after 10 s.
+    # Silence would be noticed after a minute.
     prefill.await_sent(timeout=8.0)
     assert prefill.failures == {"reader_gone": 1}
 
@@ -233,10 +233,10 @@ def test_one_whose_heart_is_too_slow_is_refused_before_it_is_taken_for_dead(
     prefill: Rank,
 ) -> None:
     with raw_peer.connect(prefill) as decode:
-        decode.send(raw_peer.hello(prefill, heartbeat_s=10.0))
+        decode.send(raw_peer.hello(prefill, heartbeat_s=60.0))
         reason = decode.receive(wire.Refused).reason
-        assert "heartbeat_interval_s 10" in reason
-        assert "peer_dead_after_s 10" in reason
+        assert "heartbeat_interval_s 60" in reason
+        assert "peer_dead_after_s 60" in reason
 
 
 def test_connections_that_are_reset_as_soon_as_they_are_made_harm_nobody(
