@@ -17,7 +17,7 @@ from harness.servers import Server, Servers, connector, free_port, get
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PAGE = 64  # tokens
 PAGE_BYTES = 4 * (64 << 10)  # of the tiny model: 4 layers, each 1 KiB a token
@@ -38,9 +38,13 @@ class Stage:
     A test may kill a side and start it again; every other test finds both alive.
     """
 
-    def __init__(self, servers: Servers, etcd: EtcdServer) -> None:
+    def __init__(
+        self, servers: Servers, etcd: EtcdServer, flags: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """`flags`: more command line by the server's name."""
         self.servers = servers
         self.etcd = etcd
+        self._flags = flags or {}
         self.bootstrap_port = free_port()
         self.aggregated: Server
         self.prefill: Server
@@ -109,24 +113,33 @@ class Stage:
 
     def _vllm(self, name: str, transfer: Mapping[str, Any] | None = None, *flags: str) -> Server:
         number = self._starts[name] = self._starts.get(name, 0) + 1
-        return self.servers.vllm(name if number == 1 else f"{name}-{number}", transfer, flags)
+        return self.servers.vllm(
+            name if number == 1 else f"{name}-{number}",  # of its log
+            transfer,
+            (*flags, *self._flags.get(name, ())),
+        )
 
 
 @contextlib.contextmanager
-def opened(folder: Path, model: Path) -> Iterator[Stage]:
-    """A started stage; its logs are in `folder`."""
+def opened(folder: Path, model: Path, **flags: Sequence[str]) -> Iterator[Stage]:
+    """A started stage; its logs are in `folder`, `flags` are more command line by server."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not model.exists():
-        subprocess.run([sys.executable, SCRIPTS / "tiny_model.py", model], check=True, timeout=300)
     etcd = EtcdServer(folder)
     etcd.start()
     try:
-        with Servers(folder, model) as servers:
-            stage = Stage(servers, etcd)
+        with Servers(folder, made(model)) as servers:
+            stage = Stage(servers, etcd, flags)
             stage.start()
             yield stage
     finally:
         etcd.kill()
+
+
+def made(model: Path) -> Path:
+    """The tiny model's folder, which is made when it is not there."""
+    if not model.exists():
+        subprocess.run([sys.executable, SCRIPTS / "tiny_model.py", model], check=True, timeout=300)
+    return model
 
 
 def metric(server: Server, name: str, **labels: str) -> float:

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from vllm_stage import Stage
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "restarts: kills servers and starts others; runs last")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that restart come last: the others shall meet the servers of the session's start."""
+    items.sort(key=lambda item: item.get_closest_marker("restarts") is not None)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the servers' logs go."""

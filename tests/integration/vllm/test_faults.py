@@ -1,6 +1,7 @@
 """A side that is killed or stopped in mid-transfer, and the other that serves on.
 
-Each test leaves a whole pair: what it killed is started again and must be found again.
+Each test leaves a whole pair: what it killed is started again, each time in another way that the
+connector must work in too, and must be found again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from harness.servers import Server
     from vllm_stage import Stage
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.restarts]
 
 SLOW_S = 5.0  # per slice of 64 KiB: a page has four, so a prompt outlasts any test
 DEAD_S = 12.0  # a peer is dead after 10 s of silence; one that was killed is so at once
@@ -35,13 +36,16 @@ def everything_is_found_again(
 ) -> Iterator[None]:
     """After each test the pair works in every way, through proxies that were never restarted."""
     yield
+    received = Transfers.of(stage.decode.url).requests
+    ids = prompt(300)
+    assert prefill_first(stage, ids) == ask(stage.aggregated, ids)
+    assert Transfers.of(stage.decode.url).requests == received + 1
     for proxy in proxies.values():
         until(proxy.healthy, 30, "the proxy has found both sides")
-    before = Transfers.of(stage.decode.url).requests
-    for way in (prefill_first, *(lambda _, ids, p=p: ask(p, ids) for p in proxies.values())):
+        alone = metric(proxy, "mooncake_proxy_recomputed_total")
         ids = prompt(300)
-        assert way(stage, ids) == ask(stage.aggregated, ids)
-    assert Transfers.of(stage.decode.url).requests == before + 3
+        assert ask(proxy, ids) == ask(stage.aggregated, ids)
+        assert metric(proxy, "mooncake_proxy_recomputed_total") == alone
 
 
 def in_mid_transfer(stage: Stage, requests: int = 1) -> None:
@@ -108,9 +112,7 @@ def test_a_killed_prefill_is_replaced_by_decode_computing_itself(
     assert counted == gone + 1
     alone = prompt(300)
     assert ask(stage.decode, alone) == ask(stage.aggregated, alone)
-    stage.start_prefill(
-        kv_role="kv_both", kv_connector_module_path="mooncake_connector.vllm.connector"
-    )
+    stage.start_prefill(kv_connector_module_path="mooncake_connector.vllm.connector")
 
 
 def test_a_killed_decode_leaves_no_page_held_and_prefill_serves_on(
@@ -124,7 +126,7 @@ def test_a_killed_decode_leaves_no_page_held_and_prefill_serves_on(
         until(lambda: held_pages(stage.prefill) == 0, 10, "prefill's pages are free")
     alone = prompt(300)
     assert ask(stage.prefill, alone) == ask(stage.aggregated, alone)
-    stage.start_decode("fail", kv_role="kv_both")
+    stage.start_decode("fail")
 
 
 def test_a_killed_prefill_is_a_clear_error_under_the_policy_fail(
@@ -151,7 +153,7 @@ def test_a_killed_prefill_is_a_clear_error_under_the_policy_fail(
     assert "was not received: prefill 127.0.0.1:" in stage.decode.log.read_text()
     alone = prompt(300)
     assert ask(stage.decode, alone) == ask(stage.aggregated, alone)
-    stage.start_prefill()
+    stage.start_prefill(kv_role="kv_both")
 
 
 def with_policy(stage: Stage, policy: str) -> None:
