@@ -37,6 +37,8 @@ def test_an_unknown_transfer_is_refused_after_the_grace_and_not_before(
         decode.send(subscribe("first"))
         until(lambda: prefill.node.prefill._parked, "the first to be parked")
         clock.advance(29)
+        prefill.node.prefill.sweep()
+        assert set(prefill.node.prefill._parked) == {"first"}
         decode.send(subscribe("second"))
         until(lambda: len(prefill.node.prefill._parked) == 2, "the second to be parked")
         clock.advance(2)
