@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness.transfers import Transfers
-from vllm_requests import KEEP, Client, ask, prefill_first, prefill_leg, send, tokens_of
+from vllm_requests import (
+    KEEP,
+    Client,
+    ask,
+    both_at_once,
+    prefill_first,
+    prefill_leg,
+    send,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,13 +62,14 @@ def test_three_answers_through_the_proxy_are_the_aggregated_servers(
         assert ask(proxy, ids, **THREE) == expected
 
 
+@pytest.mark.parametrize("way", [prefill_first, both_at_once])
 def test_two_prompts_in_one_call_each_get_their_own_answer(
-    stage: Stage, prompt: Callable[[int], list[int]]
+    stage: Stage, prompt: Callable[[int], list[int]], way: Callable[..., list[list[int]]]
 ) -> None:
     """They share one `kv_transfer_params`, which is the KV of one of them."""
     both = [prompt(150), prompt(170)]
     before = Transfers.of(stage.decode.url)
-    got = prefill_first(stage, both)
+    got = way(stage, both)
     assert got == [ask(stage.aggregated, ids)[0] for ids in both]
     assert Transfers.of(stage.decode.url).since(before).requests == 1
 
