@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 import time
@@ -101,6 +102,22 @@ def test_a_reset_ends_the_channel_at_once() -> None:
         assert (await tested.run(nothing)).startswith("the connection broke: ")
 
     with_peer(test)
+
+
+def test_a_peer_that_is_gone_before_the_first_word_ends_the_channel() -> None:
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            own = socket.create_connection(server.getsockname())
+            peer = server.accept()[0]
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+        select.select([own], [], [], SOON)  # the reset is here: the socket has no peer any more
+        tested = await channel(own)
+        assert tested.peer == "somebody who is gone already"
+        assert (await tested.run(nothing)).startswith("the connection broke: ")
+        await asyncio.sleep(0)  # asyncio closes the socket in its next round
+
+    asyncio.run(run())
 
 
 def test_an_orderly_close_ends_the_channel_at_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import select
 import sys
 import threading
 import time
@@ -210,6 +211,16 @@ def test_a_repeated_subscription_is_told_all_pages_again_and_counts_once(
     prefill.await_sent()
 
 
+def test_a_reader_is_told_of_no_page_before_the_first_that_it_wants(
+    prefill: Rank, decode: raw_peer.RawPeer
+) -> None:
+    prefill.offer(run(0, 5, 6, 7))
+    decode.send(subscribe(first_page=1))
+    (pages,) = decode.receive(wire.Ready).pages
+    told = wire.unpack_pages(pages)
+    assert (told.first, told.ids.tolist()) == (1, [6, 7])
+
+
 def test_pages_are_kept_until_every_reader_has_released_them(
     prefill: Rank, decode: raw_peer.RawPeer
 ) -> None:
@@ -239,6 +250,23 @@ def test_a_grant_is_over_for_servers_of_bytes_before_end_returns(
             Status.REFUSED
         )
     prefill.await_sent()
+
+
+def test_a_verdict_and_an_end_wait_for_each_other(prefill: Rank, decode: raw_peer.RawPeer) -> None:
+    """The lock stands for the other one being at work; unlocked, both take microseconds."""
+    side = prefill.node.prefill
+    prefill.offer(run(0, 1))
+    prefill.offer(run(0, 2), transfer="other")
+    read(decode)
+    ending = threading.Thread(target=side.end, args=("other", "reused"), kwargs={"retry": False})
+    with side._lock:
+        ending.start()
+        decode.send(release(1))
+        ending.join(0.2)
+        assert ending.is_alive()
+        assert not select.select([decode.socket], [], [], 0.2)[0]
+    ending.join(SOON)
+    assert decode.receive(wire.Released).held
 
 
 def test_no_verdict_is_held_once_end_has_returned(make: Callable[..., Rank]) -> None:
@@ -331,9 +359,11 @@ def test_a_prompt_that_computes_longer_than_its_total_is_given_up_once_and_not_r
         until(lambda: prefill.node.prefill._parked, "the later subscription to be parked")
         clock.advance(31)
         assert "not told of transfer later" in decode.receive(wire.Gone).reason
+    until(lambda: not prefill.node._channels, "the end of the connection")
+    prefill.settle()
     prefill.look()
     assert prefill.sent == []
-    assert prefill.failures == {"hold_timeout": 1}
+    assert prefill.failures == {"hold_timeout": 1}  # its reader was told, so it is not lost
     assert caplog.text.count("nobody released it") == 1
     prefill.node.prefill.hold("t", "p-t")
     prefill.await_sent()
