@@ -252,21 +252,23 @@ def test_a_grant_is_over_for_servers_of_bytes_before_end_returns(
     prefill.await_sent()
 
 
-def test_a_verdict_and_an_end_wait_for_each_other(prefill: Rank, decode: raw_peer.RawPeer) -> None:
+def test_a_verdict_and_an_end_wait_for_each_other(make: Callable[..., Rank]) -> None:
     """The lock stands for the other one being at work; unlocked, both take microseconds."""
+    prefill = make("prefill", seed=1, heartbeat_interval_s=30.0)  # so that no Ping comes
     side = prefill.node.prefill
     prefill.offer(run(0, 1))
     prefill.offer(run(0, 2), transfer="other")
-    read(decode)
     ending = threading.Thread(target=side.end, args=("other", "reused"), kwargs={"retry": False})
-    with side._lock:
-        ending.start()
-        decode.send(release(1))
-        ending.join(0.2)
-        assert ending.is_alive()
-        assert not select.select([decode.socket], [], [], 0.2)[0]
-    ending.join(SOON)
-    assert decode.receive(wire.Released).held
+    with raw_peer.join(prefill) as decode:
+        read(decode)
+        with side._lock:
+            ending.start()
+            decode.send(release(1))
+            ending.join(0.2)
+            assert ending.is_alive()
+            assert not select.select([decode.socket], [], [], 0.2)[0]
+        ending.join(SOON)
+        assert decode.receive(wire.Released).held
 
 
 def test_no_verdict_is_held_once_end_has_returned(make: Callable[..., Rank]) -> None:
