@@ -228,6 +228,7 @@ class PrefillSide:
         self._parked[message.transfer_id].append(_Parked(channel, message, expires))
 
     def _subscribe(self, channel: Channel, hold: Hold, message: wire.Subscribe) -> None:
+        hold.claims.discard(channel)  # it has come; what it gets decides whether it stays
         if message.prompt_key != hold.prompt_key:
             self._stats.failure("prompt_differs")
             self._gone(
@@ -242,7 +243,6 @@ class PrefillSide:
             self._gone(channel, hold.transfer_id, hold.attempt, hold.reason)
             return
         hold.expected = max(hold.expected, message.readers)
-        hold.claims.discard(channel)
         reader = hold.readers.get(message.reader)
         if reader is not None and reader.held is not None:
             reason = f"{message.reader} released it and cannot read it any more"

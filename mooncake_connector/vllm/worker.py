@@ -147,7 +147,11 @@ class WorkerHalf:
     def stats(self) -> MooncakeStats | None:
         """What was counted since the last step; None when nothing happened."""
         counts = self.node.stats.take(self.node.prefill.held_pages())
-        return None if counts is None else MooncakeStats.of(counts)
+        if counts is None:
+            return None
+        if self.node.rank:  # vLLM adds the ranks up, and every rank receives every request
+            counts.requests = 0
+        return MooncakeStats.of(counts)
 
     def close(self) -> None:
         """Withdraw, end all transfers, unregister. Idempotent."""

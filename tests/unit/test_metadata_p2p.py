@@ -134,7 +134,7 @@ def test_close_ends_a_connection_that_says_nothing(other: P2pStore) -> None:
         start = time.monotonic()
         store.close()
         store.close()
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
         assert read_to_end(stranger) == b""
     with pytest.raises(MetadataError, match="closed"):
         store.get("a")

@@ -151,7 +151,7 @@ def test_an_endpoint_that_accepts_and_says_nothing_is_passed_over(
         store.put("a", b"1")
         start = time.monotonic()
         assert store.get("a") == b"1"  # the one that answered is asked first from now on
-        assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < 1.5
 
 
 def test_a_store_without_endpoints_is_refused(stores: Stores) -> None:

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from demo import LENGTHS
 from harness.transfers import Transfers
-from vllm_requests import Client, ask, both_at_once, prefill_first, prefill_leg
-from vllm_stage import CHUNK, PAGE, PAGE_BYTES, REPLY_S
+from vllm_requests import (
+    Client,
+    ask,
+    both_at_once,
+    prefill_first,
+    prefill_leg,
+    send,
+    shared_transfer,
+    slowed,
+)
+from vllm_stage import CHUNK, IDLE_S, PAGE, PAGE_BYTES, REPLY_S, until, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,9 +54,15 @@ def test_a_prompt_gives_the_aggregated_servers_tokens(
 def test_a_prompt_read_while_it_is_computed_gives_the_same_tokens(
     stage: Stage, prompt: Callable[[int], list[int]], path: str
 ) -> None:
-    ids = prompt(3 * CHUNK + 100)
+    ids = prompt(7 * CHUNK + 100)
     before = Transfers.of(stage.decode.url)
-    assert both_at_once(stage, ids, path) == ask(stage.aggregated, ids)
+    for_prefill, for_decode = shared_transfer(stage)
+    for_decode |= slowed(path, 0)
+    with ThreadPoolExecutor(1) as threads:
+        tokens = threads.submit(ask, stage.decode, ids, kv_transfer_params=for_decode)
+        until(lambda: waiting(stage.decode) == 1, IDLE_S, "decode waits for the first chunk")
+        send(stage.prefill, ids, max_tokens=1, kv_transfer_params=for_prefill)
+        assert tokens.result(REPLY_S) == ask(stage.aggregated, ids)
     moved = Transfers.of(stage.decode.url).since(before)
     assert moved.nbytes == pages(len(ids)) * PAGE_BYTES
     assert set(moved.paths) == {path}

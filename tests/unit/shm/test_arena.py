@@ -196,7 +196,7 @@ def test_an_arena_server_that_does_not_answer_is_given_up_in_time() -> None:
         start = time.monotonic()
         with pytest.raises(LaneError, match="did not answer"):
             ArenaReader("mute", name, os.urandom(32), 0.2)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
 
 
 def test_a_peer_whose_memory_file_could_shrink_is_not_mapped() -> None:
