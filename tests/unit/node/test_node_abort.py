@@ -36,6 +36,7 @@ def reach(decode: Rank, peer: raw_peer.RawPeer, state: FetchState) -> None:
     match state:
         case FetchState.READING:
             peer.send(READY)
+            decode.faults.wait_held()  # a read that no lane took yet would end at once
         case FetchState.RESTARTING:
             peer.send(READY)
             decode.faults.wait_held()
