@@ -94,6 +94,7 @@ def test_a_decode_that_stands_still_never_uses_pages_that_were_given_away(
     assert [tokens] == ask(stage.aggregated, ids)
 
 
+@pytest.mark.nightly  # one more start than every change can afford; standing still is the same
 def test_a_killed_prefill_is_replaced_by_decode_computing_itself(
     stage: Stage, prompt: Callable[[int], list[int]]
 ) -> None:
@@ -112,7 +113,7 @@ def test_a_killed_prefill_is_replaced_by_decode_computing_itself(
     assert counted == gone + 1
     alone = prompt(300)
     assert ask(stage.decode, alone) == ask(stage.aggregated, alone)
-    stage.start_prefill(kv_connector_module_path="mooncake_connector.vllm.connector")
+    stage.start_prefill()
 
 
 def test_a_killed_decode_leaves_no_page_held_and_prefill_serves_on(
@@ -153,7 +154,9 @@ def test_a_killed_prefill_is_a_clear_error_under_the_policy_fail(
     assert "was not received: prefill 127.0.0.1:" in stage.decode.log.read_text()
     alone = prompt(300)
     assert ask(stage.decode, alone) == ask(stage.aggregated, alone)
-    stage.start_prefill(kv_role="kv_both")
+    stage.start_prefill(
+        kv_role="kv_both", kv_connector_module_path="mooncake_connector.vllm.connector"
+    )
 
 
 def with_policy(stage: Stage, policy: str) -> None:

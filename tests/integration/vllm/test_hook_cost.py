@@ -12,7 +12,8 @@ import pytest
 from harness.servers import VLLM_ENVIRONMENT, VLLM_TIMEOUT_S
 from vllm_stage import made
 
-pytestmark = pytest.mark.integration
+# A vLLM of its own, one more than every change can afford.
+pytestmark = [pytest.mark.integration, pytest.mark.nightly]
 
 TARGET_US = 50.0
 NOISE = 10.0  # on a machine that does other things too
