@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from mooncake_connector import wire
 from mooncake_connector.errors import WireError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mooncake_connector.config import ConnectorConfig
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,19 @@ class Channel:
         self._beats_allowed = max(1, int(dead_after_s / heartbeat_s))
         self._silent_beats = 0
         self._max_message_bytes = max_message_bytes
+
+    @classmethod
+    def of(
+        cls, config: ConnectorConfig, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Self:
+        """A channel with the times and sizes of the configuration."""
+        return cls(
+            reader,
+            writer,
+            heartbeat_s=config.heartbeat_interval_s,
+            dead_after_s=config.peer_dead_after_s,
+            max_message_bytes=config.max_message_bytes,
+        )
 
     def send(self, message: wire.Message) -> None:
         """Queue a message; never waits; nothing when the channel is closed. Loop thread only."""

@@ -215,13 +215,7 @@ class Node:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One decode node's connection."""
-        channel = Channel(
-            reader,
-            writer,
-            heartbeat_s=self._config.heartbeat_interval_s,
-            dead_after_s=self._config.peer_dead_after_s,
-            max_message_bytes=self._config.max_message_bytes,
-        )
+        channel = Channel.of(self._config, reader, writer)
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

@@ -180,13 +180,7 @@ class Peers:
         address = peer.ref.address or await self._look_up(peer.ref)
         host, port = split_address(address)
         reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout)
-        channel = Channel(
-            reader,
-            writer,
-            heartbeat_s=self._config.heartbeat_interval_s,
-            dead_after_s=self._config.peer_dead_after_s,
-            max_message_bytes=self._config.max_message_bytes,
-        )
+        channel = Channel.of(self._config, reader, writer)
         try:
             channel.send(msgspec.structs.replace(self._hello, expects=peer.ref.incarnation))
             welcome = await asyncio.wait_for(channel.receive(), timeout)

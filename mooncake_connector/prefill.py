@@ -257,9 +257,8 @@ class PrefillSide:
             attempt = message.attempt or self._attempts.get(message.transfer_id, 0)
             ended = self._tombstones.get((message.transfer_id, attempt))
             if message.attempt == 0 and (ended is None or ended.retry):
-                self._park(
-                    channel, message
-                )  # the framework will open it, for the first time or anew
+                # The framework will open it, for the first time or anew.
+                self._park(channel, message)
                 return
             if ended is None or message.ok or not ended.retry:
                 reader = ended.readers.get(message.reader) if ended is not None else None

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model, which need not exist."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("needs vLLM: run scripts/test integration")
+        pytest.fail("vLLM is not installed here; run these tests by `scripts/test integration`")
     named = os.environ.get("MOONCAKE_TEST_MODEL")
     return Path(named) if named else tmp_path_factory.getbasetemp() / "tiny"
 
