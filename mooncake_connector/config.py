@@ -41,6 +41,8 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     http_url: str = ""  # of this server's API, published so that the proxy finds it
     bootstrap_port: Port = 0  # prefill: serve `GET /query` for vllm-router's mooncake mode; 0: off
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # Let a request force a transport and slow its reads down: for this project's own tests.
+    testing: bool = False
 
 
 class LoadedConfig(msgspec.Struct, frozen=True):

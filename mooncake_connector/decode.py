@@ -17,12 +17,13 @@ from mooncake_connector.errors import WireError
 from mooncake_connector.session import FETCH_TABLE, FetchAction, FetchEvent, FetchState, step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mooncake_engine import Batch, Completion, TransferEngine
+    from mooncake_engine.types import Uint64s
 
     from mooncake_connector.config import ConnectorConfig
-    from mooncake_connector.layout import PieceTable
+    from mooncake_connector.layout import GroupSpec
     from mooncake_connector.peers import Peer, PeerRef, Peers
     from mooncake_connector.plan import PageRun
     from mooncake_connector.stats import Stats
@@ -37,26 +38,26 @@ class FetchRequest(NamedTuple):
         request_id: The framework's name; reported back once.
         transfer_id: Prefill's name.
         peer: Where prefill's node of our rank is.
-        wanted: Own pages to fill, one run per group.
-        first_page: Position of the first page that is not here already.
+        wanted: Own pages to fill, one run per group; what lies before a run is here already.
         tokens: Length of the prompt.
         prompt_key: See `prompt_key.py`.
+        readers: How many ranks read this transfer from that node.
     """
 
     request_id: str
     transfer_id: str
     peer: PeerRef
     wanted: tuple[PageRun, ...]
-    first_page: int
     tokens: int
     prompt_key: str
+    readers: int = 1
 
 
 class Results(NamedTuple):
-    """Requests that ended since the last look; `failed` is a subset of `received`."""
+    """Requests that ended since the last look; `failed` are some of them, with the reason."""
 
     received: set[str]
-    failed: set[str]
+    failed: dict[str, str]
 
 
 class _Fetch:
@@ -71,7 +72,8 @@ class _Fetch:
         self.peer: Peer | None = None
         self.attempt = 0
         self.grant = b""
-        self.unread: list[list[PageRun]] = []  # offered and not read, per group
+        # Per group: (own ids, prefill's ids) of pages that are wanted, offered and not read.
+        self.unread: list[list[tuple[Uint64s, Uint64s]]] = []
         self.arrived = 0  # own pages whose bytes are here
         self.last = False
         self.batch: Batch | None = None
@@ -86,7 +88,7 @@ class DecodeSide:
         self,
         config: ConnectorConfig,
         engine: TransferEngine,
-        tables: list[PieceTable],
+        groups: Sequence[GroupSpec],
         peers: Peers,
         stats: Stats,
         post: Callable[..., None],
@@ -96,16 +98,16 @@ class DecodeSide:
         """`post(fn, *args)` runs fn on the loop, from any thread; `identity` names this rank."""
         self._config = config
         self._engine = engine
-        self._tables = tables
+        self._kinds = [group.kind for group in groups]
         self._peers = peers
         self._stats = stats
         self._post = post
         self._now = now
         self._identity = identity
         self._fetches: dict[str, _Fetch] = {}  # by request id
-        self._by_transfer: dict[str, _Fetch] = {}
+        self._by_reader: dict[str, _Fetch] = {}
         self._lock = threading.Lock()  # guards _results
-        self._results = Results(set(), set())
+        self._results = Results(set(), {})
 
     # ---- any thread
 
@@ -114,7 +116,7 @@ class DecodeSide:
         if not self._results.received:  # an idle engine asks several hundred times a second
             return _NOTHING
         with self._lock:
-            results, self._results = self._results, Results(set(), set())
+            results, self._results = self._results, Results(set(), {})
             return results
 
     # ---- the node's loop
@@ -139,7 +141,7 @@ class DecodeSide:
             self._now() + self._config.request_timeout_s,
         )
         self._fetches[request.request_id] = fetch
-        self._by_transfer[request.transfer_id] = fetch
+        self._by_reader[fetch.reader] = fetch
         self._subscribe(fetch)
 
     def cancel(self, request_id: str) -> None:
@@ -152,7 +154,7 @@ class DecodeSide:
         """A prefill node said something."""
         match message:
             case wire.Ready() | wire.Gone() | wire.Released():
-                fetch = self._by_transfer.get(message.transfer_id)
+                fetch = self._by_reader.get(message.reader)
                 if fetch is not None and fetch.peer is peer:
                     self._dispatch(fetch, message)
             case wire.Ping():
@@ -173,8 +175,14 @@ class DecodeSide:
             if fetch.state in (FetchState.CONFIRMING, FetchState.REFUSED):
                 limit = self._config.peer_dead_after_s
             doing = fetch.state.name.lower()
-            self._fail(fetch, FetchEvent.TIMEOUT, "timeout", f"still {doing} after {limit:g} s")
+            self._fail(fetch, FetchEvent.GIVE_UP, "timeout", f"still {doing} after {limit:g} s")
             fetch.deadline = float("inf")  # what is left is bounded by the engine's time-out
+
+    async def drain(self) -> None:
+        """Give up every fetch; returns when no own read touches our pages any more."""
+        for fetch in list(self._fetches.values()):
+            self._apply(fetch, FetchEvent.ABORT)
+        await self.close()
 
     async def close(self) -> None:
         """Cancel every own read and wait until none touches our pages; reports nothing."""
@@ -192,15 +200,15 @@ class DecodeSide:
     def _subscribe(self, fetch: _Fetch) -> None:
         fetch.attempt, fetch.grant, fetch.arrived, fetch.last = 0, b"", 0, False
         fetch.deadline = fetch.total
-        fetch.unread = [[] for _ in self._tables]
+        fetch.unread = [[] for _ in self._kinds]
         request = fetch.request
         peer = fetch.peer = self._peers.get(request.peer)
         peer.send(
             wire.Subscribe(
                 transfer_id=request.transfer_id,
                 reader=fetch.reader,
-                readers=1,
-                first_page=request.first_page,
+                readers=request.readers,
+                first=tuple(run.first for run in request.wanted),
                 tokens=request.tokens,
                 prompt_key=request.prompt_key,
                 remaining_s=max(0.0, fetch.deadline - self._now()),
@@ -212,19 +220,7 @@ class DecodeSide:
             case wire.Ready():
                 if fetch.attempt not in (0, message.attempt) or fetch.last:
                     return  # of an attempt that is over
-                if len(message.pages) != len(self._tables):
-                    raise WireError(
-                        f"pages of {len(message.pages)} groups, this cache has {len(self._tables)}"
-                    )
-                fetch.attempt, fetch.grant = message.attempt, message.grant
-                for known, pages in zip(fetch.unread, message.pages, strict=True):
-                    known.append(wire.unpack_pages(pages))
-                fetch.last = message.last
-                unread = any(len(run.ids) for runs in fetch.unread for run in runs)
-                if unread:
-                    self._apply(fetch, FetchEvent.PAGES)
-                elif fetch.last:
-                    self._nothing_left(fetch)
+                self._offered(fetch, message)
             case wire.Gone():
                 if message.attempt not in (0, fetch.attempt) and fetch.attempt:
                     return
@@ -246,12 +242,38 @@ class DecodeSide:
                         "thrown away",
                     )
 
+    def _offered(self, fetch: _Fetch, message: wire.Ready) -> None:
+        """Note which of the pages in `message` are wanted."""
+        if len(message.pages) != len(self._kinds):
+            raise WireError(
+                f"pages of {len(message.pages)} groups, this cache has {len(self._kinds)}"
+            )
+        fetch.attempt, fetch.grant, fetch.last = message.attempt, message.grant, message.last
+        for group, pages in enumerate(message.pages):
+            offered, wanted = wire.unpack_pages(pages), fetch.request.wanted[group]
+            own, theirs = plan.overlap(wanted, offered)
+            if len(own):
+                fetch.unread[group].append((own, theirs))
+            rows, needed = len(offered.ids), len(wanted.ids)
+            if self._kinds[group] == "state" and message.last and needed not in (0, rows):
+                # Its rows have no positions of their own: only lists of one length match.
+                error = f"prefill offered {rows} rows of state, {needed} are needed"
+                self._fail(fetch, FetchEvent.GIVE_UP, "state_differs", error)
+                return
+        if any(fetch.unread):
+            self._apply(fetch, FetchEvent.PAGES)
+        elif fetch.last:
+            self._nothing_left(fetch)
+
     def _nothing_left(self, fetch: _Fetch) -> None:
         """All that was offered is read: is it all that was wanted?"""
         missing = sum(len(run.ids) for run in fetch.request.wanted) - fetch.arrived
         if missing > 0:
             self._fail(
-                fetch, FetchEvent.GONE, "short", f"prefill offered {missing} pages less than needed"
+                fetch,
+                FetchEvent.GIVE_UP,
+                "short",
+                f"prefill offered {missing} pages less than needed",
             )
         else:
             self._apply(fetch, FetchEvent.NOTHING_LEFT)
@@ -300,20 +322,19 @@ class DecodeSide:
         )
 
     def _read(self, fetch: _Fetch) -> None:
-        """Submit one batch for all that is offered and not read."""
+        """Submit one batch for what is offered and not read."""
         assert fetch.peer is not None
-        parts = []
+        peer, parts = fetch.peer, []
         try:
-            for group, table in enumerate(self._tables):
-                for offered in fetch.unread[group]:
-                    own, theirs = plan.overlap(fetch.request.wanted[group], offered)
+            for group in self._next_groups(fetch):
+                for own, theirs in fetch.unread[group]:
                     fetch.arrived += len(own)
-                    parts.append(plan.transfers(table, fetch.peer.tables[group], own, theirs))
-            fetch.unread = [[] for _ in self._tables]
+                    parts.append(plan.transfers(peer.own[group], peer.tables[group], own, theirs))
+                fetch.unread[group] = []
             moves = plan.join(parts)
             fetch.batch = self._engine.submit(
                 "read",
-                fetch.peer.segment,
+                peer.segment,
                 moves.local,
                 moves.remote,
                 moves.lengths,
@@ -326,6 +347,11 @@ class DecodeSide:
             self._post(self._fail, fetch, FetchEvent.READ_FAILED, "read", f"cannot read: {exc}")
             return
         fetch.batch.add_done_callback(lambda done: self._post(self._on_batch, fetch, done))
+
+    def _next_groups(self, fetch: _Fetch) -> list[int]:
+        """Which groups to read now: a request's metadata says that all else is here."""
+        unread = [group for group, pages in enumerate(fetch.unread) if pages]
+        return [group for group in unread if self._kinds[group] != "metadata"] or unread
 
     def _on_batch(self, fetch: _Fetch, done: Completion) -> None:
         fetch.batch = None
@@ -349,8 +375,7 @@ class DecodeSide:
     def _report(self, fetch: _Fetch, *, failed: bool) -> None:
         request = fetch.request
         del self._fetches[request.request_id]
-        if self._by_transfer.get(request.transfer_id) is fetch:
-            del self._by_transfer[request.transfer_id]
+        del self._by_reader[fetch.reader]
         if failed:
             self._stats.failure(fetch.kind)
             log.warning(
@@ -365,7 +390,7 @@ class DecodeSide:
         with self._lock:
             self._results.received.add(request.request_id)
             if failed:
-                self._results.failed.add(request.request_id)
+                self._results.failed[request.request_id] = fetch.error
 
 
-_NOTHING = Results(set(), set())
+_NOTHING = Results(set(), {})

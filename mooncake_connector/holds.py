@@ -12,7 +12,7 @@ from mooncake_connector.plan import PageRun
 from mooncake_connector.session import HoldState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mooncake_connector.control import Channel
 
@@ -20,25 +20,41 @@ if TYPE_CHECKING:
 class Reader:
     """One reading rank of one attempt."""
 
-    def __init__(self, channel: Channel, first_page: int = 0) -> None:
+    def __init__(self, channel: Channel, name: str, first: tuple[int, ...] = ()) -> None:
         self.channel = channel
-        self.first_page = first_page
+        self.name = name
+        self.first = first  # per group; empty until it subscribed
         self.told: list[int] = []  # position behind the last page told, per group
         self.told_last = False
         self.held: bool | None = None  # the verdict, once fixed
+        self.gave_up = False  # it left without having read all
 
 
 class Hold:
-    """One attempt of one transfer. `deadline` is on the clock of the side that keeps it."""
+    """One attempt of one transfer. `deadline` is on the clock of the side that keeps it.
+
+    Whoever opened it may read `state`, `reason`, `subscribed`, `first` and `delivered` from any
+    thread; only `PrefillSide` changes it.
+    """
 
     def __init__(
-        self, transfer_id: str, attempt: int, request_id: str, prompt_key: str, deadline: float
+        self,
+        transfer_id: str,
+        attempt: int,
+        request_id: str,
+        prompt_key: str,
+        deadline: float,
+        *,
+        reusable: bool = False,
+        on_change: Callable[[Hold], None] | None = None,
     ) -> None:
         self.transfer_id = transfer_id
         self.attempt = attempt
         self.request_id = request_id
         self.prompt_key = prompt_key
         self.deadline = deadline
+        self.reusable = reusable
+        self.on_change = on_change
         self.state = HoldState.COMPUTING
         self.grant = secrets.token_bytes(16)
         self.pages: list[PageRun] = []  # final ones, a run per group
@@ -51,6 +67,24 @@ class Hold:
         self.retry = False  # it ended by a preemption: the next attempt is on its way
         self.left = False  # its readers are through: nobody will come for a next attempt either
 
+    @property
+    def subscribed(self) -> bool:
+        """Did every reader say what it wants?"""
+        return sum(bool(reader.first) for reader in list(self.readers.values())) >= self.expected
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """Per group: the first position that some reader wants. There is a reader."""
+        wanted = [reader.first for reader in list(self.readers.values()) if reader.first]
+        return tuple(min(positions) for positions in zip(*wanted, strict=True))
+
+    @property
+    def delivered(self) -> bool:
+        """Did every reader get all that it wanted?"""
+        readers = list(self.readers.values())
+        done = sum(bool(reader.held) and not reader.gave_up for reader in readers)
+        return done == len(readers) >= self.expected
+
     def add_pages(self, pages: Sequence[PageRun], *, last: bool) -> None:
         """More pages are final; each group's run continues where its last one ended."""
         self.last = last
@@ -61,9 +95,9 @@ class Hold:
 
     def news_for(self, reader: Reader) -> wire.Ready | None:
         """What this reader was not told yet, or None; it counts as told."""
-        if not self.pages or reader.held is not None or reader.told_last:
+        if not self.pages or not reader.first or reader.held is not None or reader.told_last:
             return None
-        told = reader.told or [reader.first_page] * len(self.pages)
+        told = reader.told or list(reader.first)
         news = [_tail(run, position) for run, position in zip(self.pages, told, strict=True)]
         if not self.last and not any(len(run.ids) for run in news):
             return None
@@ -72,9 +106,20 @@ class Hold:
         return wire.Ready(
             transfer_id=self.transfer_id,
             attempt=self.attempt,
+            reader=reader.name,
             grant=self.grant,
             pages=tuple(wire.pack_pages(run) for run in news),
             last=self.last,
+        )
+
+    def gone_for(self, reader: Reader) -> wire.Gone:
+        """What this reader is told when the hold ends before it was served."""
+        return wire.Gone(
+            transfer_id=self.transfer_id,
+            attempt=self.attempt,
+            reader=reader.name,
+            reason=self.reason,
+            retry=self.retry,
         )
 
     def follow(self, before: Hold) -> bool:
@@ -89,11 +134,16 @@ class Hold:
         return unclaimed or self.deadline <= now
 
     def all_left(self) -> bool:
-        """Did everybody who came, or announced to come, release or die?"""
+        """Did everybody who came, or announced to come, release or die?
+
+        Who has not come yet is not waited for when one of those who came gave up: that fails the
+        request on all of its ranks.
+        """
         settled = sum(reader.held is not None for reader in self.readers.values())
         if self.claims or settled < len(self.readers):
             return False
-        return settled >= self.expected or not settled
+        given_up = any(reader.gave_up for reader in self.readers.values())
+        return settled >= self.expected or not settled or given_up
 
 
 def _extend(run: PageRun, more: PageRun) -> PageRun:

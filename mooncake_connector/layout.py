@@ -23,13 +23,16 @@ class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One KV cache group: layers that share a block table.
 
     Attributes:
-        kind: "full" and "mla" keep the whole history; "window" gives up blocks that left it.
+        kind: "full" and "mla" keep the whole history, "mla" in the same form on every rank;
+            "window" gives up blocks that left it; "state" has rows that both sides list in the
+            same order (SGLang's hybrid models); "metadata" has one row per request and is read
+            when all else is here.
         window: Tokens that a "window" group keeps; 0 for the others.
-        layers: Layer names in model order.
+        layers: Layer names in model order; a pipeline stage names its own ones.
         page_bytes: Bytes of one page, layer by layer.
     """
 
-    kind: Literal["full", "mla", "window"]
+    kind: Literal["full", "mla", "window", "state", "metadata"]
     layers: tuple[str, ...]
     page_bytes: tuple[int, ...]
     window: int = 0
@@ -47,6 +50,8 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
         order: How bytes lie inside a page; equal strings mean equal order.
         tp_rank: This rank.
         tp_size: Ranks that share the heads.
+        pp_rank: This rank's pipeline stage.
+        pp_size: Stages that share the layers.
         groups: In the framework's order.
     """
 
@@ -58,6 +63,8 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
     order: str
     tp_rank: int
     tp_size: int
+    pp_rank: int = 0
+    pp_size: int = 1
     groups: tuple[GroupSpec, ...]
 
 

@@ -20,7 +20,6 @@ from mooncake_connector import wire
 from mooncake_connector.control import Channel, join_address
 from mooncake_connector.decode import DecodeSide
 from mooncake_connector.errors import ConnectorError, PeerUnreachable
-from mooncake_connector.layout import PieceTable
 from mooncake_connector.peers import Peers, refuse_slow_heart, refuse_unless_compatible
 from mooncake_connector.prefill import PrefillSide
 from mooncake_connector.stats import Stats
@@ -33,11 +32,13 @@ if TYPE_CHECKING:
     from mooncake_connector.config import ConnectorConfig
     from mooncake_connector.decode import FetchRequest, Results
     from mooncake_connector.layout import CacheLayout, CacheSpec
-    from mooncake_connector.peers import PeerRef
+    from mooncake_connector.peers import Peer, PeerRef
+    from mooncake_connector.stats import Counts
 
 log = logging.getLogger(__name__)
 
 _SWEEP_S = 0.25  # how late a deadline may be noticed
+_COUNT_S = 1.0  # a scrape comes every few seconds
 _CLOSE_S = 5.0
 
 
@@ -50,6 +51,11 @@ class Node:
         engine_id: The framework's name of the server that this rank belongs to.
         spec: What the cache holds.
         layout: Where its bytes lie.
+        rank: Which of that server's ranks this is; default: its tensor-parallel rank.
+        on_counts: Told every second, on the node's thread, what was counted since; without it
+            whoever likes takes them from `stats`.
+        on_peer_lost: Told on the node's thread, behind the requests that it fails, when the
+            connection to a prefill node ended or never came about: (peer, why).
 
     Raises:
         ConnectorError: The control endpoint cannot be bound.
@@ -63,11 +69,14 @@ class Node:
         engine_id: str,
         spec: CacheSpec,
         layout: CacheLayout,
+        rank: int | None = None,
+        on_counts: Callable[[Counts], None] | None = None,
+        on_peer_lost: Callable[[PeerRef, str], None] = lambda _ref, _reason: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.incarnation = secrets.token_hex(8)
         self.engine_id = engine_id
-        self.rank = spec.tp_rank
+        self.rank = spec.tp_rank if rank is None else rank
         self.stats = Stats()
         self._config = config
         self._engine = engine
@@ -77,11 +86,13 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._loop = asyncio.new_event_loop()
-        self.prefill = PrefillSide(config, engine, self.stats, self._send, now)
+        self._on_counts = on_counts
+        self._on_peer_lost = on_peer_lost
+        self.prefill = PrefillSide(config, engine, self.stats, self._send, now, len(spec.groups))
         hello = wire.Hello(
             version=wire.VERSION,
             engine_id=engine_id,
-            rank=spec.tp_rank,
+            rank=self.rank,
             incarnation=self.incarnation,
             expects="",
             spec=spec,
@@ -91,21 +102,22 @@ class Node:
             config,
             engine,
             hello,
+            layout,
             on_message=lambda peer, message: self._decode.on_message(peer, message),
-            on_lost=lambda peer, reason: self._decode.on_peer_lost(peer, reason),
+            on_lost=self._peer_lost,
         )
         self._decode = DecodeSide(
             config,
             engine,
-            [PieceTable(layers) for layers in layout.groups],
+            spec.groups,
             self._peers,
             self.stats,
             self._post,
             now,
-            f"{engine_id}:{spec.tp_rank}:{self.incarnation}",
+            f"{engine_id}:{self.rank}:{self.incarnation}",
         )
         self._thread = threading.Thread(
-            target=self._run, name=f"mooncake-node-{spec.tp_rank}", daemon=True
+            target=self._run, name=f"mooncake-node-{self.rank}", daemon=True
         )
         self._thread.start()
         try:
@@ -144,6 +156,19 @@ class Node:
         """Requests whose fetch ended since the last call."""
         return self._decode.take_results()
 
+    def spec_of(self, peer: PeerRef) -> CacheSpec | None:
+        """What a prefill node's cache holds; None while there is no connection to it."""
+        return self._peers.spec_of(peer)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Give up every fetch; True when no own read touches our pages any more. Blocks."""
+        draining = asyncio.run_coroutine_threadsafe(self._decode.drain(), self._loop)
+        try:
+            draining.result(timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
     def close(self) -> None:
         """End all transfers and the thread: pages are no longer touched. Idempotent."""
         if self._closed:
@@ -175,6 +200,10 @@ class Node:
     def _send(self, channel: Channel, message: wire.Message) -> None:
         self._post(channel.send, message)
 
+    def _peer_lost(self, peer: Peer, reason: str) -> None:
+        self._decode.on_peer_lost(peer, reason)
+        self._on_peer_lost(peer.ref, reason)
+
     def _host(self) -> str:
         return own_address(self._config.engine)
 
@@ -185,6 +214,8 @@ class Node:
     async def _start(self) -> str:
         self._server = await asyncio.start_server(self._serve, self._host(), self._port())
         self._spawn(self._sweep())
+        if self._on_counts is not None:
+            self._spawn(self._count(self._on_counts))
         return join_address(self._host(), self._server.sockets[0].getsockname()[1])
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -212,6 +243,13 @@ class Node:
                 self._decode.sweep()
             except Exception:  # without sweeps nothing would ever time out
                 log.exception("looking for what is over failed; it is tried again")
+
+    async def _count(self, on_counts: Callable[[Counts], None]) -> None:
+        while True:
+            await asyncio.sleep(_COUNT_S)
+            counts = self.stats.take(self.prefill.held_pages())
+            if counts is not None:
+                on_counts(counts)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One decode node's connection."""

@@ -21,7 +21,7 @@ from mooncake_connector.bootstrap import BootstrapError, decode_query
 from mooncake_connector.control import Channel, split_address
 from mooncake_connector.errors import PeerUnreachable, WireError
 from mooncake_connector.layout import PieceTable
-from mooncake_connector.plan import differences
+from mooncake_connector.plan import differences, narrowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mooncake_engine import Segment, SegmentRecord, TransferEngine
 
     from mooncake_connector.config import ConnectorConfig
-    from mooncake_connector.layout import CacheSpec
+    from mooncake_connector.layout import CacheLayout, CacheSpec
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,26 @@ class PeerRef(msgspec.Struct, frozen=True):
 
 
 class Peer:
-    """One prefill node as decode sees it. `segment` and `tables` exist once it is open."""
+    """One prefill node as decode sees it. What has no default exists once it is open.
+
+    Attributes:
+        ref: As requests name it.
+        segment: Its memory.
+        spec: What its cache holds.
+        tables: Where its pages are, per group.
+        own: Where ours are that correspond: of the same layers.
+        channel: The connection, None while there is none.
+        lost: Why it can no longer be used; "" while it can.
+    """
 
     def __init__(self, ref: PeerRef) -> None:
         self.ref = ref
         self.segment: Segment
+        self.spec: CacheSpec
         self.tables: list[PieceTable]
+        self.own: list[PieceTable]
         self.channel: Channel | None = None
-        self.lost = ""  # why it can no longer be used
+        self.lost = ""
         self._early: list[wire.Message] = []
 
     def send(self, message: wire.Message) -> None:
@@ -92,14 +104,16 @@ class Peers:
         config: ConnectorConfig,
         engine: TransferEngine,
         hello: wire.Hello,
+        layout: CacheLayout,
         *,
         on_message: Callable[[Peer, wire.AnyMessage], None],
         on_lost: Callable[[Peer, str], None],
     ) -> None:
-        """`hello` is sent to every peer; the callbacks run on the loop."""
+        """`hello` is sent to every peer; `layout` is our cache's; callbacks run on the loop."""
         self._config = config
         self._engine = engine
         self._hello = hello
+        self._layout = layout
         self._on_message = on_message
         self._on_lost = on_lost
         self._peers: dict[PeerRef, Peer] = {}
@@ -116,6 +130,11 @@ class Peers:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return peer
+
+    def spec_of(self, ref: PeerRef) -> CacheSpec | None:
+        """What that peer's cache holds; None while there is no connection. Any thread."""
+        peer = self._peers.get(ref)
+        return peer.spec if peer is not None and peer.channel is not None else None
 
     async def close(self) -> None:
         """End all connections."""
@@ -186,7 +205,8 @@ class Peers:
             welcome = await asyncio.wait_for(channel.receive(), timeout)
             self._check(welcome)
             assert isinstance(welcome, wire.Welcome)
-            peer.tables = _tables(welcome)
+            peer.spec, peer.tables = welcome.spec, _tables(welcome)
+            peer.own = narrowed(self._layout, self._hello.spec, welcome.spec)
             peer.segment = await self._open(welcome.segment, peer.ref.protocol or None)
         except BaseException:
             channel.close("the handshake failed")

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
+from mooncake_connector.layout import PieceTable
+
 if TYPE_CHECKING:
     from mooncake_engine.types import Uint64s
+    from msgspec import Struct
 
-    from mooncake_connector.layout import CacheSpec, PieceTable
+    from mooncake_connector.layout import CacheLayout, CacheSpec, GroupSpec
 
 
 class PageRun(NamedTuple):
@@ -93,27 +96,57 @@ def join(parts: list[Transfers]) -> Transfers:
 
 
 def differences(prefill: CacheSpec, decode: CacheSpec) -> list[str]:
-    """Why the two caches cannot exchange pages; empty when they can. Names both values."""
-    found = []
-    for field in msgspec.structs.fields(type(prefill)):
-        if field.name == "groups":
-            continue
-        ours, theirs = getattr(prefill, field.name), getattr(decode, field.name)
-        if ours != theirs:
-            found.append(f"{field.name}: prefill has {ours!r}, decode has {theirs!r}")
+    """Why the two caches cannot exchange pages; empty when they can. Names both values.
+
+    Ranks and sizes must be equal, with two exceptions: a cache that every tensor-parallel rank
+    holds whole (MLA) may be read from any of them, and one decode stage may read all of prefill's.
+    """
+    apart = set()  # fields that may differ
+    if all(group.kind in ("mla", "metadata") for group in prefill.groups):
+        apart |= {"tp_rank", "tp_size"}
+    if one_reads_all_stages := decode.pp_size == 1 < prefill.pp_size:
+        apart |= {"pp_rank", "pp_size"}
+    found = _differing("", prefill, decode, apart | {"groups"})
     if len(prefill.groups) != len(decode.groups):
         found.append(
             f"groups: prefill has {len(prefill.groups)} KV cache groups, "
             f"decode has {len(decode.groups)}"
         )
     for index, (one, other) in enumerate(zip(prefill.groups, decode.groups, strict=False)):
-        for field in msgspec.structs.fields(type(one)):
-            ours, theirs = getattr(one, field.name), getattr(other, field.name)
-            if ours != theirs:
-                found.append(
-                    f"groups[{index}].{field.name}: prefill has {_short(ours)}, "
-                    f"decode has {_short(theirs)}"
-                )
+        own = _part(other, one.layers) if one_reads_all_stages else other
+        found += _differing(f"groups[{index}].", one, own, set())
+    return found
+
+
+def narrowed(layout: CacheLayout, own: CacheSpec, other: CacheSpec) -> list[PieceTable]:
+    """Our pages, group by group, of the layers that `other` has, in its order.
+
+    The two have no `differences`. All layers, unless `other` is one of several pipeline stages.
+    """
+    tables = []
+    for layers, group, theirs in zip(layout.groups, own.groups, other.groups, strict=True):
+        by_name = dict(zip(group.layers, layers, strict=True))
+        tables.append(PieceTable([by_name[name] for name in theirs.layers]))
+    return tables
+
+
+def _part(group: GroupSpec, layers: tuple[str, ...]) -> GroupSpec:
+    """The group with only these of its layers, in this order."""
+    sizes = dict(zip(group.layers, group.page_bytes, strict=True))
+    known = tuple(name for name in layers if name in sizes)
+    return msgspec.structs.replace(
+        group, layers=known, page_bytes=tuple(sizes[name] for name in known)
+    )
+
+
+def _differing(where: str, prefill: Struct, decode: Struct, leave_out: set[str]) -> list[str]:
+    found = []
+    for field in msgspec.structs.fields(type(prefill)):
+        ours, theirs = getattr(prefill, field.name), getattr(decode, field.name)
+        if field.name not in leave_out and ours != theirs:
+            found.append(
+                f"{where}{field.name}: prefill has {_short(ours)}, decode has {_short(theirs)}"
+            )
     return found
 
 

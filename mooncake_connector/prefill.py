@@ -47,9 +47,11 @@ class PrefillSide:
         stats: Stats,
         send: Callable[[Channel, wire.Message], None],
         now: Callable[[], float],
+        groups: int,
     ) -> None:
-        """`send` queues a message from any thread, in call order."""
+        """`send` queues a message from any thread, in call order; `groups` of the cache."""
         self._config = config
+        self._groups = groups
         self._engine = engine
         self._stats = stats
         self._send = send
@@ -64,14 +66,34 @@ class PrefillSide:
 
     # ---- the framework's thread
 
-    def open(self, transfer_id: str, request_id: str, prompt_key: str) -> None:
-        """A request whose KV will be offered was admitted, or starts over after a preemption."""
+    def open(
+        self,
+        transfer_id: str,
+        request_id: str,
+        prompt_key: str,
+        *,
+        reusable: bool = False,
+        on_change: Callable[[Hold], None] | None = None,
+    ) -> Hold | None:
+        """A request whose KV will be offered was admitted, or starts over after a preemption.
+
+        Args:
+            transfer_id: What decode asks for.
+            request_id: What `take_sent` names when it is over; "" when nobody asks that.
+            prompt_key: See `prompt_key.py`.
+            reusable: Other requests may use the id when this one is over.
+            on_change: Called whenever a reader came or left and when the state changed, by
+                whichever thread did it and under this side's lock: it must only take note.
+
+        Returns:
+            Its state, to be looked at; None when the id is in use.
+        """
         with self._lock:
             if transfer_id in self._live:
                 log.warning(
                     "transfer %s is already open; %s is not offered", transfer_id, request_id
                 )
-                return
+                return None
             attempt = self._attempts.get(transfer_id, 0) + 1
             self._attempts[transfer_id] = attempt
             hold = Hold(
@@ -80,6 +102,8 @@ class PrefillSide:
                 request_id,
                 prompt_key,
                 self._now() + self._config.request_timeout_s,
+                reusable=reusable,
+                on_change=on_change,
             )
             self._live[transfer_id] = hold
             self._engine.grant(hold.grant)
@@ -92,28 +116,39 @@ class PrefillSide:
                     self._dispatch(parked.channel, parked.message)
             if any(parked.channel is None for parked in waited):
                 self._conclude_if_all_left(hold, "the decode node that claimed it is gone")
+            return hold
 
-    def pages_ready(self, transfer_id: str, pages: Sequence[PageRun], *, last: bool) -> None:
+    # Where ids are used again, `of` names the use that is meant: another one is left alone.
+
+    def pages_ready(
+        self,
+        transfer_id: str,
+        pages: Sequence[PageRun],
+        *,
+        last: bool,
+        of: Hold | None = None,
+    ) -> None:
         """These pages (one run per group, in order) are final; call behind the device's event."""
         with self._lock:
             hold = self._live.get(transfer_id)
-            if hold is None or hold.last:
+            if hold is None or hold.last or hold is not (of or hold):
                 return
             hold.add_pages(pages, last=last)
             self._apply(hold, HoldEvent.PAGES)
 
-    def hold(self, transfer_id: str, request_id: str) -> None:
+    def hold(self, transfer_id: str, request_id: str, *, of: Hold | None = None) -> None:
         """The request finished and its blocks wait for us; `take_sent` will name it once."""
         with self._lock:
             hold = self._live.get(transfer_id)
-            if hold is None or hold.request_id != request_id:
+            if hold is None or hold.request_id != request_id or hold is not (of or hold):
                 # Ended before (or never offered): nobody will come, free at once.
-                self._sent.add(request_id)
+                if request_id:
+                    self._sent.add(request_id)
                 return
             hold.unclaimed_until = self._now() + self._config.unclaimed_hold_s
             self._apply(hold, HoldEvent.HOLD)
 
-    def end(self, transfer_id: str, reason: str, *, retry: bool) -> None:
+    def end(self, transfer_id: str, reason: str, *, retry: bool, of: Hold | None = None) -> None:
         """The framework reuses the blocks. On return no verdict can be `held` any more.
 
         `retry`: the same request will be opened again (it was preempted). Blocks for the time
@@ -121,9 +156,16 @@ class PrefillSide:
         """
         with self._lock:
             hold = self._live.get(transfer_id)
-            if hold is not None:
+            if hold is not None and hold is (of or hold):
                 hold.reason = reason
                 hold.retry = retry
+                self._apply(hold, HoldEvent.REUSE)
+
+    def end_all(self, reason: str) -> None:
+        """The whole cache goes away."""
+        with self._lock:
+            for hold in list(self._live.values()):
+                hold.reason = reason
                 self._apply(hold, HoldEvent.REUSE)
 
     def take_sent(self) -> set[str]:
@@ -165,6 +207,7 @@ class PrefillSide:
                 for reader in hold.readers.values():
                     if reader.channel is channel and reader.held is None:
                         reader.held = False
+                        reader.gave_up = True
                         involved = True
                 if involved and hold.state is not HoldState.LEFT:  # else it was given up before
                     self._stats.failure("reader_gone")
@@ -198,7 +241,7 @@ class PrefillSide:
                 for entry in [e for e in entries if e.expires <= now]:
                     entries.remove(entry)
                     if entry.channel is not None and isinstance(entry.message, wire.Subscribe):
-                        self._gone(entry.channel, transfer_id, 0, self._unknown(transfer_id))
+                        self._gone(entry.channel, entry.message, 0, self._unknown(transfer_id))
                 if not entries:
                     del self._parked[transfer_id]
 
@@ -218,45 +261,51 @@ class PrefillSide:
         else:
             attempt = self._attempts.get(message.transfer_id, 0)
             ended = self._tombstones.get((message.transfer_id, attempt))
-            if ended is None or ended.retry:
+            if ended is None or ended.retry or _begins_anew(ended, message):
                 self._park(channel, message)
             elif isinstance(message, wire.Subscribe):
-                self._gone(channel, message.transfer_id, attempt, ended.reason)
+                self._gone(channel, message, attempt, ended.reason)
 
     def _park(self, channel: Channel, message: wire.Subscribe | wire.Claim | wire.Release) -> None:
         expires = self._now() + self._config.unknown_transfer_grace_s
         self._parked[message.transfer_id].append(_Parked(channel, message, expires))
 
     def _subscribe(self, channel: Channel, hold: Hold, message: wire.Subscribe) -> None:
+        if len(message.first) != self._groups or min(message.first) < 0:
+            raise WireError(
+                f"positions {message.first} to begin at, for a cache of {self._groups} groups"
+            )
         hold.claims.discard(channel)  # it has come; what it gets decides whether it stays
         if message.prompt_key != hold.prompt_key:
             self._stats.failure("prompt_differs")
             self._gone(
                 channel,
-                hold.transfer_id,
+                message,
                 hold.attempt,
                 f"its prompt key is {hold.prompt_key}, decode's is {message.prompt_key}: the two "
                 "servers saw different prompts (another template, LoRA, image or cache salt?)",
             )
             return
         if hold.state is HoldState.LEFT:
-            self._gone(channel, hold.transfer_id, hold.attempt, hold.reason)
+            self._gone(channel, message, hold.attempt, hold.reason)
             return
         hold.expected = max(hold.expected, message.readers)
         reader = hold.readers.get(message.reader)
         if reader is not None and reader.held is not None:
             reason = f"{message.reader} released it and cannot read it any more"
-            self._gone(channel, hold.transfer_id, hold.attempt, reason)
+            self._gone(channel, message, hold.attempt, reason)
             return
         # A repeat starts from the first page again.
-        reader = hold.readers[message.reader] = Reader(channel, message.first_page)
+        reader = hold.readers[message.reader] = Reader(channel, message.reader, message.first)
         self._tell(hold, reader)
+        self._changed(hold)
 
     def _release(self, channel: Channel, hold: Hold | None, message: wire.Release) -> None:
         if hold is None or message.attempt not in (0, hold.attempt):  # 0: it was told of none
             attempt = message.attempt or self._attempts.get(message.transfer_id, 0)
             ended = self._tombstones.get((message.transfer_id, attempt))
-            if message.attempt == 0 and (ended is None or ended.retry):
+            later = ended is None or ended.retry or _begins_anew(ended, message)
+            if message.attempt == 0 and later:
                 # The framework will open it, for the first time or anew.
                 self._park(channel, message)
                 return
@@ -267,13 +316,18 @@ class PrefillSide:
             hold = hold or ended  # it gave up a preempted attempt: nor will it come for the next
         reader = hold.readers.get(message.reader)
         if reader is None:
-            reader = hold.readers[message.reader] = Reader(channel)
+            reader = hold.readers[message.reader] = Reader(channel, message.reader)
         if reader.held is None:
+            reader.gave_up = not message.ok
             # `end` takes the same lock before any page is reused: alive now means alive so far.
             reader.held = hold.state in (HoldState.COMPUTING, HoldState.HELD)
         hold.claims.discard(channel)
         self._verdict(channel, message, held=reader.held)
-        self._conclude_if_all_left(hold, "all its readers released it")
+        given_up = any(reader.gave_up for reader in hold.readers.values())
+        self._conclude_if_all_left(
+            hold, "decode gave it up" if given_up else "all its readers released it"
+        )
+        self._changed(hold)
 
     def _conclude_if_all_left(self, hold: Hold, reason: str) -> None:
         if hold.all_left():
@@ -292,13 +346,22 @@ class PrefillSide:
             ),
         )
 
-    def _gone(
-        self, channel: Channel, transfer_id: str, attempt: int, reason: str, *, retry: bool = False
-    ) -> None:
+    def _gone(self, channel: Channel, to: wire.Subscribe, attempt: int, reason: str) -> None:
+        """Answer a Subscribe that cannot be served."""
         self._send(
             channel,
-            wire.Gone(transfer_id=transfer_id, attempt=attempt, reason=reason, retry=retry),
+            wire.Gone(
+                transfer_id=to.transfer_id,
+                attempt=attempt,
+                reader=to.reader,
+                reason=reason,
+                retry=False,
+            ),
         )
+
+    def _changed(self, hold: Hold) -> None:
+        if hold.on_change is not None:
+            hold.on_change(hold)
 
     def _unknown(self, transfer_id: str) -> str:
         return (
@@ -318,22 +381,26 @@ class PrefillSide:
                 case HoldAction.SEND_GONE:
                     for reader in hold.readers.values():
                         if reader.held is None:
-                            self._gone(
-                                reader.channel,
-                                hold.transfer_id,
-                                hold.attempt,
-                                hold.reason,
-                                retry=hold.retry,
-                            )
+                            self._send(reader.channel, hold.gone_for(reader))
                 case HoldAction.REPORT_SENT:
-                    self._sent.add(hold.request_id)
+                    if hold.request_id:
+                        self._sent.add(hold.request_id)
         if hold.state is HoldState.ENDED and self._live.get(hold.transfer_id) is hold:
             del self._live[hold.transfer_id]
             hold.deadline = self._now() + self._config.request_timeout_s
             self._tombstones[hold.transfer_id, hold.attempt] = hold
+        self._changed(hold)
 
     def _tell(self, hold: Hold, reader: Reader) -> None:
         """Send what this reader does not know yet."""
         ready = hold.news_for(reader)
         if ready is not None:
             self._send(reader.channel, ready)
+
+
+def _begins_anew(ended: Hold, message: wire.Subscribe | wire.Claim | wire.Release) -> bool:
+    """Is this about a later request that uses the id again, and not one that comes too late?"""
+    if not ended.reusable or isinstance(message, wire.Claim):
+        return ended.reusable
+    # Nobody ever came for the last one: then this is who should have.
+    return bool(ended.readers) and message.reader not in ended.readers

@@ -7,7 +7,7 @@ for a state is late or repeated and changes nothing: `step` returns the state wi
 
 What the tables promise, and `tests/property/test_session.py` checks on every path:
 
-* from every state some event leads to the end, and TIMEOUT or ABORT always does;
+* from every state some event leads to the end; TIMEOUT, GIVE_UP and ABORT always do;
 * prefill: pages are freed (REPORT_SENT) exactly once for a request that was held, never for one
   that was not; the grant is ended before that, exactly once;
 * decode: the request is reported (REPORT_*) exactly once, and never while an own read runs.
@@ -75,7 +75,7 @@ class FetchEvent(enum.Enum):
     HELD = enum.auto()
     EXPIRED = enum.auto()
     PEER_LOST = enum.auto()  # connection closed, peer silent, refused, or never reached
-    TIMEOUT = enum.auto()
+    GIVE_UP = enum.auto()  # the total is over, or what is offered is not what is needed
     ABORT = enum.auto()  # the framework no longer wants it
 
 
@@ -113,7 +113,7 @@ FETCH_TABLE: dict[tuple[FetchState, FetchEvent], tuple[FetchState, tuple[FetchAc
     (_F.WAITING, _FE.GONE): (_F.ENDED, (_FA.REPORT_FAILED,)),
     (_F.WAITING, _FE.GONE_RETRY): (_F.WAITING, (_FA.SUBSCRIBE_ANEW,)),
     (_F.WAITING, _FE.PEER_LOST): (_F.ENDED, (_FA.REPORT_FAILED,)),
-    (_F.WAITING, _FE.TIMEOUT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
+    (_F.WAITING, _FE.GIVE_UP): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
     (_F.WAITING, _FE.ABORT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_RECEIVED)),
     (_F.READING, _FE.READ_MORE): (_F.READING, (_FA.READ,)),
     (_F.READING, _FE.READ_WAIT): (_F.WAITING, ()),
@@ -123,16 +123,16 @@ FETCH_TABLE: dict[tuple[FetchState, FetchEvent], tuple[FetchState, tuple[FetchAc
     (_F.READING, _FE.GONE): (_F.FAILING, (_FA.CANCEL_READ,)),
     (_F.READING, _FE.GONE_RETRY): (_F.RESTARTING, (_FA.CANCEL_READ,)),
     (_F.READING, _FE.PEER_LOST): (_F.FAILING, (_FA.CANCEL_READ,)),
-    (_F.READING, _FE.TIMEOUT): (_F.FAILING, (_FA.CANCEL_READ,)),
+    (_F.READING, _FE.GIVE_UP): (_F.FAILING, (_FA.CANCEL_READ,)),
     (_F.READING, _FE.ABORT): (_F.ABORTING, (_FA.CANCEL_READ,)),
     (_F.RESTARTING, _FE.GONE): (_F.FAILING, ()),
     (_F.RESTARTING, _FE.PEER_LOST): (_F.FAILING, ()),
-    (_F.RESTARTING, _FE.TIMEOUT): (_F.FAILING, ()),
+    (_F.RESTARTING, _FE.GIVE_UP): (_F.FAILING, ()),
     (_F.RESTARTING, _FE.ABORT): (_F.ABORTING, ()),
     (_F.REFUSED, _FE.GONE): (_F.ENDED, (_FA.REPORT_FAILED,)),
     (_F.REFUSED, _FE.GONE_RETRY): (_F.WAITING, (_FA.SUBSCRIBE_ANEW,)),
     (_F.REFUSED, _FE.PEER_LOST): (_F.ENDED, (_FA.REPORT_FAILED,)),
-    (_F.REFUSED, _FE.TIMEOUT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
+    (_F.REFUSED, _FE.GIVE_UP): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
     (_F.REFUSED, _FE.ABORT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_RECEIVED)),
     (_F.FAILING, _FE.ABORT): (_F.ABORTING, ()),
     (_F.CONFIRMING, _FE.HELD): (_F.ENDED, (_FA.REPORT_RECEIVED,)),
@@ -141,7 +141,7 @@ FETCH_TABLE: dict[tuple[FetchState, FetchEvent], tuple[FetchState, tuple[FetchAc
     (_F.CONFIRMING, _FE.GONE_RETRY): (_F.WAITING, (_FA.SUBSCRIBE_ANEW,)),
     (_F.CONFIRMING, _FE.PEER_LOST): (_F.ENDED, (_FA.REPORT_FAILED,)),
     # Said again, as giving up: had prefill preempted it meanwhile, it would wait for our return.
-    (_F.CONFIRMING, _FE.TIMEOUT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
+    (_F.CONFIRMING, _FE.GIVE_UP): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_FAILED)),
     (_F.CONFIRMING, _FE.ABORT): (_F.ENDED, (_FA.RELEASE_UNREAD, _FA.REPORT_RECEIVED)),
 }
 for _read in (

@@ -5,8 +5,9 @@ prefill's control endpoint, sends `Hello`, and gets `Welcome` or `Refused`; then
 the rest. `docs/path-of-a-transfer.md` walks through one request.
 
 Every message about a transfer carries its `transfer_id`; prefill's answers carry the `attempt`
-too, since a preempted prefill computes into other pages. The connection itself fixes the two
-incarnations: `Hello.expects` names prefill's, a restarted peer gets a new connection.
+too, since a preempted prefill computes into other pages, and the `reader`, since a transfer id may
+be used again (SGLang's rooms) while an answer to its last use is on its way. The connection itself
+fixes the two incarnations: `Hello.expects` names prefill's, a restarted peer gets a new one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mooncake_connector.layout import CacheLayout, CacheSpec
 from mooncake_connector.plan import PageRun
 
 #: Goes up with every change that an older peer would misread.
-VERSION = 1
+VERSION = 2
 #: Length prefix in front of every message.
 PREFIX_BYTES = 4
 
@@ -74,9 +75,9 @@ class Subscribe(Message, frozen=True, kw_only=True):
     """Decode -> prefill: tell me its pages as they become final. Idempotent per reader.
 
     Attributes:
-        reader: Unique per reading rank and request, stable over repeats.
+        reader: Unique per reading rank and request, stable over repeats; answers carry it.
         readers: How many readers this prefill rank has to wait for.
-        first_page: Pages before this position are not wanted (decode's own prefix hit).
+        first: Per group: pages before this position are not wanted (decode's own prefix hit).
         tokens: Length of the prompt.
         prompt_key: See `prompt_key.py`; a differing one is refused.
         remaining_s: What is left of the request's total, a duration.
@@ -85,7 +86,7 @@ class Subscribe(Message, frozen=True, kw_only=True):
     transfer_id: str
     reader: str
     readers: int
-    first_page: int
+    first: tuple[int, ...]
     tokens: int
     prompt_key: str
     remaining_s: float
@@ -103,6 +104,7 @@ class Ready(Message, frozen=True, kw_only=True):
 
     transfer_id: str
     attempt: int
+    reader: str
     grant: bytes
     pages: tuple[Pages, ...]
     last: bool
@@ -113,6 +115,7 @@ class Gone(Message, frozen=True, kw_only=True):
 
     transfer_id: str
     attempt: int
+    reader: str
     reason: str
     retry: bool
 

@@ -56,13 +56,13 @@ class MooncakeDisaggConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        settings = load(vllm_config)
+        config = load(vllm_config)
         self._scheduler: SchedulerHalf
         self._worker: WorkerHalf
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(vllm_config, kv_cache_config, settings)
+            self._scheduler = SchedulerHalf(vllm_config, kv_cache_config, config)
         else:
-            self._worker = WorkerHalf(vllm_config, kv_cache_config, settings)
+            self._worker = WorkerHalf(vllm_config, kv_cache_config, config)
 
     # ---- scheduler
 

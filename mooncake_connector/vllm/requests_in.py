@@ -122,7 +122,6 @@ class DecodeRequests:
                 want.remote,
                 tuple(first),
                 tuple(ids),
-                first_page,
                 prompt_tokens,
                 want.key,
             )

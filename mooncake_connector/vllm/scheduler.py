@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from mooncake_connector.vllm.settings import Settings
+    from mooncake_connector.config import ConnectorConfig
+
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +29,12 @@ class SchedulerHalf:
     """Lives in vLLM's EngineCore process; every method is called from its one thread."""
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: ConnectorConfig
     ) -> None:
         """Starts nothing; `set_endpoints` does."""
         transfer = vllm_config.kv_transfer_config
         self._engine_id = transfer.engine_id
-        self._config = settings.config
+        self._config = config
         self._bootstrap: Bootstrap | None = None
         self._step = Step()
         self._groups = kv_cache_config.transfer_group_ids
@@ -48,7 +49,7 @@ class SchedulerHalf:
             else None
         )
         self.into = (
-            DecodeRequests(page_size, windows, self._groups, testing=settings.testing)
+            DecodeRequests(page_size, windows, self._groups, testing=config.testing)
             if transfer.is_kv_consumer
             else None
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 from vllm.utils.network_utils import get_ip
@@ -18,29 +18,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Settings(NamedTuple):
-    """What both halves need.
+def load(vllm_config: VllmConfig) -> ConnectorConfig:
+    """Settings for one vLLM process; `engine.host` is vLLM's own choice when not set.
 
-    Attributes:
-        config: The connector's settings; `engine.host` is vLLM's own choice when not set.
-        testing: `{"testing": true}` in `kv_connector_extra_config`: a request may force a
-            transport and slow it down, `kv_transfer_params["test_protocol"]` and
-            `["test_delay_s"]` (seconds per slice of 64 KiB, until the next request says other).
-    """
-
-    config: ConnectorConfig
-    testing: bool
-
-
-def load(vllm_config: VllmConfig) -> Settings:
-    """Settings for one vLLM process.
+    With `testing`, a request may force a transport and slow it down:
+    `kv_transfer_params["test_protocol"]` and `["test_delay_s"]` (seconds per slice of 64 KiB,
+    until the next request says other).
 
     Raises:
         ConfigError: Naming what cannot be used.
     """
-    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
-    testing = bool(extra.pop("testing", False))
-    loaded = load_config(extra=extra)
+    loaded = load_config(extra=vllm_config.kv_transfer_config.kv_connector_extra_config)
     _log_like_vllm(loaded.config.log_level)
     for notice in loaded.notices:
         log.info("%s", notice)
@@ -48,7 +36,7 @@ def load(vllm_config: VllmConfig) -> Settings:
     if not config.engine.host:
         engine = msgspec.structs.replace(config.engine, host=get_ip())
         config = msgspec.structs.replace(config, engine=engine)
-    return Settings(config, testing)
+    return config
 
 
 def _log_like_vllm(level: str) -> None:

@@ -67,7 +67,6 @@ class Fetch(NamedTuple):
     remote: Remote
     first: tuple[int, ...]
     block_ids: tuple[list[int], ...]
-    first_page: int
     tokens: int
     prompt_key: str
 

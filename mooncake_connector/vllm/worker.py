@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from mooncake_connector.vllm.settings import Settings
+    from mooncake_connector.config import ConnectorConfig
     from mooncake_connector.vllm.step import Fetch, Remote, Step
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,14 @@ class WorkerHalf:
     """Lives in one of vLLM's worker processes; methods are called from its one thread."""
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: ConnectorConfig
     ) -> None:
         """Nothing is opened before `register_kv_caches`."""
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
-        self._config = settings.config
+        self._config = config
         # Only tests slow transfers down, so that a kill in the middle of one is certain.
-        self._faults = Faults(slice_bytes=64 << 10) if settings.testing else None
+        self._faults = Faults(slice_bytes=64 << 10) if config.testing else None
         self._opened = contextlib.ExitStack()
         self._node: Node | None = None
 
@@ -175,7 +175,6 @@ class WorkerHalf:
             transfer_id=fetch.remote.transfer_id,
             peer=self._peer(fetch.remote),
             wanted=_runs(fetch.first, fetch.block_ids),
-            first_page=fetch.first_page,
             tokens=fetch.tokens,
             prompt_key=fetch.prompt_key,
         )

@@ -111,7 +111,7 @@ class Rank:
         self.faults = Faults()
         self.sent: list[str] = []
         self.received: list[str] = []  # all that ended, also the failed ones
-        self.failed: list[str] = []
+        self.failed: dict[str, str] = {}  # with the reason
         self.failures: dict[str, int] = {}
         self.bytes_read = 0
         self._open = contextlib.ExitStack()
@@ -168,7 +168,7 @@ class Rank:
         request: str = "d",
         transfer: str = "t",
         key: str = "key",
-        first_page: int | None = None,
+        readers: int = 1,
     ) -> None:
         """Ask for pages."""
         self.node.fetch(
@@ -177,9 +177,9 @@ class Rank:
                 transfer_id=transfer,
                 peer=prefill,
                 wanted=wanted,
-                first_page=min(w.first for w in wanted) if first_page is None else first_page,
                 tokens=TOKENS * max(w.end for w in wanted),
                 prompt_key=key,
+                readers=readers,
             )
         )
 
@@ -193,9 +193,9 @@ class Rank:
         """Add what ended since the last look."""
         self.sent += self.node.prefill.take_sent()
         results = self.node.take_results()
-        assert results.failed <= results.received
+        assert results.failed.keys() <= results.received
         self.received += results.received
-        self.failed += results.failed
+        self.failed |= results.failed
         self._count(self.node.stats.take(self.node.prefill.held_pages()))
 
     def _count(self, counts: Counts | None) -> None:

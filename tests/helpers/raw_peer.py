@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections import deque
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
@@ -24,6 +25,8 @@ class RawPeer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self.reader = ""  # of the last Subscribe that it received
+        self._heard: deque[wire.AnyMessage] = deque()  # and `receive` has not given out
         sock.settimeout(SOON)
 
     def __enter__(self) -> Self:
@@ -33,15 +36,29 @@ class RawPeer:
         self.socket.close()
 
     def send(self, *messages: wire.Message) -> None:
-        self.socket.sendall(b"".join(map(wire.encode, messages)))
+        """Say these; answers that name no reader are to the one who subscribed last."""
+        addressed = []
+        for message in messages:
+            if isinstance(message, wire.Ready | wire.Gone) and not message.reader:
+                while not self.reader:
+                    self._heard.append(self._next())
+                message = msgspec.structs.replace(message, reader=self.reader)
+            addressed.append(message)
+        self.socket.sendall(b"".join(map(wire.encode, addressed)))
 
     def receive(self, kind: type[M]) -> M:
         """The next message but pings; it has to be of this kind."""
+        message = self._heard.popleft() if self._heard else self._next()
+        assert isinstance(message, kind), f"{message} instead of {kind.__name__}"
+        return message
+
+    def _next(self) -> wire.AnyMessage:
         while True:
             length = int.from_bytes(self._exactly(wire.PREFIX_BYTES), "big")
             message = wire.decode(self._exactly(length))
+            if isinstance(message, wire.Subscribe):
+                self.reader = message.reader
             if not isinstance(message, wire.Ping):
-                assert isinstance(message, kind), f"{message} instead of {kind.__name__}"
                 return message
 
     def is_closed(self) -> bool:
@@ -102,7 +119,7 @@ def subscribe(transfer: str = "t", **fields: object) -> wire.Subscribe:
         transfer_id=transfer,
         reader="raw",
         readers=1,
-        first_page=0,
+        first=(0,),
         tokens=8,
         prompt_key="key",
         remaining_s=60.0,

@@ -39,7 +39,7 @@ def test_every_fetch_state_has_a_way_to_the_end() -> None:
     assert can_end(FETCH_TABLE, FetchState.ENDED) == set(FetchState)
 
 
-@pytest.mark.parametrize("event", [FetchEvent.TIMEOUT, FetchEvent.ABORT, FetchEvent.PEER_LOST])
+@pytest.mark.parametrize("event", [FetchEvent.GIVE_UP, FetchEvent.ABORT, FetchEvent.PEER_LOST])
 def test_timeout_abort_and_a_lost_peer_end_a_fetch_from_any_state(event: FetchEvent) -> None:
     for state in set(FetchState) - {FetchState.ENDED}:
         after, _ = step(FETCH_TABLE, state, event)

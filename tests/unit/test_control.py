@@ -133,7 +133,7 @@ def test_an_orderly_close_ends_the_channel_at_once() -> None:
     [
         (b"\0\0\0\0", "a message of 0 bytes; 1 to 4096 are accepted"),
         (b"\0\0\x10\x01", "a message of 4097 bytes; 1 to 4096 are accepted"),
-        (b"\0\0\0\x01\xc1", "not a message of wire version 1"),
+        (b"\0\0\0\x01\xc1", "not a message of wire version 2"),
     ],
 )
 def test_senseless_bytes_end_the_channel_and_are_named(what: bytes, says: str) -> None:

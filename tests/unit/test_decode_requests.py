@@ -41,7 +41,7 @@ def test_only_pages_behind_the_local_prefix_are_fetched() -> None:
     made.add("r", PARAMS, "key", step)
     made.allocated("r", 200, blocks(5, 6, 7, 8), 199 - 128, step)
     (fetch,) = step.fetches
-    assert (fetch.first, fetch.block_ids, fetch.first_page) == ((2,), ([7, 8],), 2)
+    assert (fetch.first, fetch.block_ids) == ((2,), ([7, 8],))
 
 
 def test_the_page_of_a_lone_last_token_is_not_fetched() -> None:

@@ -53,7 +53,8 @@ def test_a_differing_field_is_named_with_both_values(field: str, other: object) 
 
 def test_every_field_of_a_cache_is_compared() -> None:
     tested = {"model", "model_digest", "revision", "dtype", "page_size", "order"}
-    assert set(SPEC.__struct_fields__) == tested | {"tp_rank", "tp_size", "groups"}
+    ranks = {"tp_rank", "tp_size", "pp_rank", "pp_size"}
+    assert set(SPEC.__struct_fields__) == tested | ranks | {"groups"}
     assert set(GROUP.__struct_fields__) == {"kind", "window", "layers", "page_bytes"}
 
 

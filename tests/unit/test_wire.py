@@ -59,7 +59,7 @@ MESSAGES: list[wire.Message] = [
         transfer_id="t",
         reader="r",
         readers=1,
-        first_page=2,
+        first=(2, 0),
         tokens=200,
         prompt_key="k",
         remaining_s=299.5,
@@ -67,11 +67,12 @@ MESSAGES: list[wire.Message] = [
     wire.Ready(
         transfer_id="t",
         attempt=1,
+        reader="r",
         grant=b"\x00\xff" * 8,
         pages=(wire.Pages(2, b"\x07\0\0\0"), wire.Pages(0, b"")),
         last=True,
     ),
-    wire.Gone(transfer_id="t", attempt=1, reason="preempted", retry=True),
+    wire.Gone(transfer_id="t", attempt=1, reader="r", reason="preempted", retry=True),
     wire.Release(transfer_id="t", attempt=1, reader="r", ok=True),
     wire.Released(transfer_id="t", attempt=1, reader="r", held=False),
 ]

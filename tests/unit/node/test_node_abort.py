@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PAGE = (wire.pack_pages(run(0, 3)),)
-READY = wire.Ready(transfer_id="t", attempt=1, grant=b"", pages=PAGE, last=True)
-GONE = wire.Gone(transfer_id="t", attempt=1, reason="over", retry=False)
-AGAIN = wire.Gone(transfer_id="t", attempt=1, reason="preempted", retry=True)
+READY = wire.Ready(transfer_id="t", attempt=1, reader="", grant=b"", pages=PAGE, last=True)
+GONE = wire.Gone(transfer_id="t", attempt=1, reader="", reason="over", retry=False)
+AGAIN = wire.Gone(transfer_id="t", attempt=1, reader="", reason="preempted", retry=True)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_an_abort_is_reported_once_and_after_the_last_own_read(
         decode.faults.release()
     decode.await_end()
     if state is not FetchState.ABORTING:  # which began as a failure
-        assert decode.failed == []
+        assert decode.failed == {}
     said = prefill_says.receive(wire.Release)
     assert not said.ok
     # Whatever comes late changes nothing and is reported no more: the stage counts at the end.
@@ -91,7 +91,7 @@ def test_an_abort_before_prefill_is_reached_is_reported_and_reaches_prefill_late
     decode.fetch(prefill.ref, run(0, 1))
     decode.node.cancel("d")
     decode.await_end()
-    assert decode.failed == []
+    assert decode.failed == {}
     prefill.await_sent()
 
 

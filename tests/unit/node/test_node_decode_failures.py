@@ -40,7 +40,7 @@ def failed(decode: Rank, kind: str, says: str, caplog: pytest.LogCaptureFixture)
 
 def ready(*ids: int, **fields: object) -> wire.Ready:
     page = wire.pack_pages(run(0, *ids))
-    like = wire.Ready(transfer_id="t", attempt=1, grant=b"", pages=(page,), last=True)
+    like = wire.Ready(transfer_id="t", attempt=1, reader="", grant=b"", pages=(page,), last=True)
     return msgspec.structs.replace(like, **fields)
 
 
@@ -174,7 +174,9 @@ def test_a_refused_read_fails_with_prefills_word_for_why(
     with raw.join() as peer:
         peer.send(ready(3))
         until(lambda: decode.inside().error, "the refusal")
-        peer.send(wire.Gone(transfer_id="t", attempt=1, reason="cache reset", retry=False))
+        peer.send(
+            wire.Gone(transfer_id="t", attempt=1, reader="", reason="cache reset", retry=False)
+        )
         failed(decode, "gone", "prefill gave it up: cache reset", caplog)
 
 

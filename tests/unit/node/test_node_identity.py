@@ -110,7 +110,7 @@ def test_an_attempt_that_is_preempted_after_the_last_byte_is_read_again_with_its
             peer.send(ready(1))
             reader = peer.receive(wire.Release).reader
             peer.send(
-                wire.Gone(transfer_id="t", attempt=1, reason="preempted", retry=True),
+                wire.Gone(transfer_id="t", attempt=1, reader="", reason="preempted", retry=True),
                 wire.Released(transfer_id="t", attempt=1, reader=reader, held=False),
             )
             assert peer.receive(wire.Subscribe).remaining_s == pytest.approx(300.0)
@@ -137,7 +137,9 @@ def test_a_next_attempt_that_offers_less_is_not_filled_up_with_the_last_ones_pag
 
 def ready(attempt: int) -> wire.Ready:
     page = wire.pack_pages(run(0, 1))
-    return wire.Ready(transfer_id="t", attempt=attempt, grant=b"", pages=(page,), last=True)
+    return wire.Ready(
+        transfer_id="t", attempt=attempt, reader="", grant=b"", pages=(page,), last=True
+    )
 
 
 def test_a_verdict_on_an_earlier_attempt_says_nothing_about_this_one(
@@ -164,11 +166,19 @@ def test_pages_of_an_earlier_attempt_are_not_read(prefill: Rank, decode: Rank) -
             page = wire.pack_pages(run(0, 7))
             stale = wire.pack_pages(run(1, 8))
             peer.send(
-                wire.Ready(transfer_id="t", attempt=2, grant=b"", pages=(page,), last=False),
-                wire.Ready(transfer_id="t", attempt=1, grant=b"", pages=(stale,), last=True),
+                wire.Ready(
+                    transfer_id="t", attempt=2, reader="", grant=b"", pages=(page,), last=False
+                ),
+                wire.Ready(
+                    transfer_id="t", attempt=1, reader="", grant=b"", pages=(stale,), last=True
+                ),
             )
             page = wire.pack_pages(run(1, 9))
-            peer.send(wire.Ready(transfer_id="t", attempt=2, grant=b"", pages=(page,), last=True))
+            peer.send(
+                wire.Ready(
+                    transfer_id="t", attempt=2, reader="", grant=b"", pages=(page,), last=True
+                )
+            )
             said = peer.receive(wire.Release)
             peer.send(
                 wire.Released(transfer_id="t", attempt=2, reader=said.reader, held=True),

@@ -175,7 +175,7 @@ GARBAGE = {
     "too long": b"\x7f\xff\xff\xff",
     "empty": b"\0\0\0\0",
     "a message for decode": wire.encode(
-        wire.Gone(transfer_id="t", attempt=1, reason="", retry=False)
+        wire.Gone(transfer_id="t", attempt=1, reader="", reason="", retry=False)
     ),
     "a second hello": b"",  # filled in below
 }
@@ -208,7 +208,7 @@ def test_a_senseless_message_closes_its_connection_and_no_other(
     [
         (wire.encode(wire.Ping()), "it began with Ping instead of Hello"),
         (b"GET /query HTTP/1.1\r\nHost: prefill\r\n\r\n", "a message of 1195725856 bytes"),
-        (b"\0\0\0\x01\xc1", "not a message of wire version 1"),
+        (b"\0\0\0\x01\xc1", "not a message of wire version 2"),
     ],
 )
 def test_one_who_does_not_begin_with_hello_is_refused(

@@ -215,7 +215,7 @@ def test_a_reader_is_told_of_no_page_before_the_first_that_it_wants(
     prefill: Rank, decode: raw_peer.RawPeer
 ) -> None:
     prefill.offer(run(0, 5, 6, 7))
-    decode.send(subscribe(first_page=1))
+    decode.send(subscribe(first=(1,)))
     (pages,) = decode.receive(wire.Ready).pages
     told = wire.unpack_pages(pages)
     assert (told.first, told.ids.tolist()) == (1, [6, 7])
