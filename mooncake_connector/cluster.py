@@ -5,7 +5,7 @@ A record lives at `nodes/<engine_id>/<rank>` of the metadata store, leased: it g
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote
 
 import msgspec
@@ -36,6 +36,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
         http_url: Base URL of the engine's API server, e.g. "http://10.0.0.1:8100"; "" when the
             node does not know it. One rank of the engine that knows it is enough.
         dp_rank: Which of the engines behind that API server, for data parallelism.
+        route: An SGLang prefill rank's row for its bootstrap server (`sglang/routes.py`).
     """
 
     engine_id: str
@@ -48,6 +49,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     http_url: str = ""
     dp_rank: Annotated[int, msgspec.Meta(ge=0)] = 0
+    route: dict[str, Any] | None = None
 
 
 class Engine(msgspec.Struct, frozen=True):
@@ -79,7 +81,24 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
 
 def node_key(engine_id: str, rank: int) -> str:
     """Where the record of that rank is published. A slash in the id does not add a level."""
-    return f"{NODES}{quote(engine_id, safe='')}/{rank}"
+    return f"{node_keys(engine_id)}{rank}"
+
+
+def node_keys(engine_id: str) -> str:
+    """What the keys of all ranks of an engine begin with."""
+    return f"{NODES}{quote(engine_id, safe='')}/"
+
+
+def rank_of(key: str) -> int:
+    """The rank whose record is published there.
+
+    Raises:
+        WireError: When it is no node record's key.
+    """
+    rank = key.rpartition("/")[2]
+    if not rank.isdecimal():
+        raise WireError(f"{key} is not the key of a node record")
+    return int(rank)
 
 
 def encode_node(record: NodeRecord) -> bytes:

@@ -229,7 +229,7 @@ class DecodeSide:
                     fetch.error = ""  # the notice says better why the read was refused
                 self._fail(fetch, event, "gone", f"prefill gave it up: {message.reason}")
             case wire.Released():
-                if message.attempt != fetch.attempt or message.reader != fetch.reader:
+                if message.attempt != fetch.attempt:
                     return
                 if message.held:
                     self._apply(fetch, FetchEvent.HELD)

@@ -191,12 +191,21 @@ class PrefillSide:
         """A decode node said something."""
         match message:
             case wire.Claim() | wire.Subscribe() | wire.Release():
+                if isinstance(message, wire.Subscribe):
+                    self._check(message)
                 with self._lock:
                     self._dispatch(channel, message)
             case wire.Ping():
                 pass
             case _:
                 raise WireError(f"an unexpected {type(message).__name__}")
+
+    def _check(self, message: wire.Subscribe) -> None:
+        """Before it is parked: `open` must not fail for what a peer said long ago."""
+        if len(message.first) != self._groups or any(first < 0 for first in message.first):
+            raise WireError(
+                f"positions {message.first} to begin at, for a cache of {self._groups} groups"
+            )
 
     def on_closed(self, channel: Channel) -> None:
         """A decode node is gone: nothing is kept for it."""
@@ -212,6 +221,7 @@ class PrefillSide:
                 if involved and hold.state is not HoldState.LEFT:  # else it was given up before
                     self._stats.failure("reader_gone")
                     self._conclude_if_all_left(hold, f"decode node {channel.peer} is gone")
+                    self._changed(hold)
             for entries in self._parked.values():
                 entries[:] = [
                     e._replace(channel=None) if e.channel is channel else e for e in entries
@@ -271,10 +281,6 @@ class PrefillSide:
         self._parked[message.transfer_id].append(_Parked(channel, message, expires))
 
     def _subscribe(self, channel: Channel, hold: Hold, message: wire.Subscribe) -> None:
-        if len(message.first) != self._groups or min(message.first) < 0:
-            raise WireError(
-                f"positions {message.first} to begin at, for a cache of {self._groups} groups"
-            )
         hold.claims.discard(channel)  # it has come; what it gets decides whether it stays
         if message.prompt_key != hold.prompt_key:
             self._stats.failure("prompt_differs")
@@ -390,6 +396,8 @@ class PrefillSide:
             hold.deadline = self._now() + self._config.request_timeout_s
             self._tombstones[hold.transfer_id, hold.attempt] = hold
         self._changed(hold)
+        if hold.state is HoldState.ENDED:
+            hold.on_change = None  # a tombstone says no more, and keeps nobody's objects
 
     def _tell(self, hold: Hold, reader: Reader) -> None:
         """Send what this reader does not know yet."""

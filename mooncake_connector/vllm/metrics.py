@@ -12,6 +12,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from mooncake_connector.metrics import Instruments
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
@@ -84,68 +86,12 @@ class MooncakePromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        prefix = "mooncake_connector:"
-        sizes = [2.0**power for power in range(12, 36, 2)]
-        counts = [4.0**power for power in range(11)]
-        self._lists = {
-            "seconds": self._histogram_cls(
-                name=f"{prefix}transfer_seconds",
-                documentation="Seconds from submit to last byte, per batch of reads.",
-                buckets=[10.0**exponent * f for exponent in range(-4, 2) for f in (1, 2, 5)],
-                labelnames=labelnames,
-            ),
-            "nbytes": self._histogram_cls(
-                name=f"{prefix}transfer_bytes",
-                documentation="Bytes per batch of reads.",
-                buckets=sizes,
-                labelnames=labelnames,
-            ),
-            "descriptors": self._histogram_cls(
-                name=f"{prefix}transfer_descriptors",
-                documentation="Runs per batch before neighbours are merged.",
-                buckets=counts,
-                labelnames=labelnames,
-            ),
-            "runs": self._histogram_cls(
-                name=f"{prefix}transfer_runs",
-                documentation="Runs per batch after neighbours were merged.",
-                buckets=counts,
-                labelnames=labelnames,
-            ),
-        }
-        self._requests = self._counter_cls(
-            name=f"{prefix}requests",
-            documentation="Requests whose KV was received whole and confirmed.",
-            labelnames=labelnames,
-        )
-        self._paths = self._counter_cls(
-            name=f"{prefix}path_batches",
-            documentation="Batches of reads by the transport that served them.",
-            labelnames=[*labelnames, "path"],
-        )
-        self._failures = self._counter_cls(
-            name=f"{prefix}failures",
-            documentation="Requests whose transfer failed, by reason.",
-            labelnames=[*labelnames, "reason"],
-        )
-        self._held = self._gauge_cls(
-            name=f"{prefix}held_pages",
-            documentation="Pages of finished prefills that wait for a decode server.",
-            labelnames=labelnames,
+        self._instruments = Instruments(
+            self._counter_cls, self._gauge_cls, self._histogram_cls, labelnames
         )
         for values in per_engine_labelvalues.values():
-            self._held.labels(*values).set(0)
+            self._instruments.begin(values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Record one interval's `MooncakeStats.data`."""
-        labels = self.per_engine_labelvalues[engine_idx]
-        for key, histogram in self._lists.items():
-            for value in transfer_stats_data.get(key, ()):
-                histogram.labels(*labels).observe(value)
-        self._requests.labels(*labels).inc(transfer_stats_data.get("requests", 0))
-        for path, count in transfer_stats_data.get("paths", {}).items():
-            self._paths.labels(*labels, path).inc(count)
-        for reason, count in transfer_stats_data.get("failures", {}).items():
-            self._failures.labels(*labels, reason).inc(count)
-        if transfer_stats_data.get("held_pages") is not None:
-            self._held.labels(*labels).set(transfer_stats_data["held_pages"])
+        self._instruments.observe(self.per_engine_labelvalues[engine_idx], transfer_stats_data)

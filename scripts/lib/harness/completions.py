@@ -1,4 +1,4 @@
-"""A client of `/v1/completions` that keeps the token ids and when each one came."""
+"""Clients of `/v1/completions` and SGLang's `/generate` that keep token ids and their times."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def complete(
     tokens: list[int] = []
     times: list[float] = []
     reason = ""
-    for event in _events(url, body, timeout_s):
+    for event in _events(url, "/v1/completions", body, timeout_s):
         if "error" in event:
             raise CompletionFailed(200, json.dumps(event["error"]))
         for choice in event["choices"]:
@@ -87,6 +87,55 @@ def complete(
             tokens += new
             times += [time.monotonic()] * len(new)
             reason = choice.get("finish_reason") or reason
+    return _reply(sent, tokens, times, reason)
+
+
+def generate(
+    url: str,
+    prompt: list[int],
+    *,
+    max_tokens: int = 16,
+    timeout_s: float = 300,
+    sampling: dict[str, object] | None = None,
+    **more: object,
+) -> Reply:
+    """Stream one greedy generation from the SGLang server, or router, at `url`.
+
+    `sampling` goes into the sampling parameters, `more` into the request, as they are.
+    `timeout_s` bounds each wait for bytes.
+
+    Raises:
+        CompletionFailed: For any answer that is not a whole generation.
+    """
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {
+            "temperature": 0,
+            "max_new_tokens": max_tokens,
+            "ignore_eos": True,
+            **(sampling or {}),
+        },
+        "stream": True,
+        **more,
+    }
+    sent = time.monotonic()
+    tokens: list[int] = []
+    times: list[float] = []
+    reason = ""
+    for event in _events(url, "/generate", body, timeout_s):
+        if "error" in event:
+            raise CompletionFailed(200, json.dumps(event["error"]))
+        new = event["output_ids"][len(tokens) :]  # each event holds all tokens so far
+        tokens += new
+        times += [time.monotonic()] * len(new)
+        finish = event["meta_info"]["finish_reason"]
+        if finish is not None and finish["type"] == "abort":
+            raise CompletionFailed(200, json.dumps(finish))
+        reason = finish["type"] if finish is not None else reason
+    return _reply(sent, tokens, times, reason)
+
+
+def _reply(sent: float, tokens: list[int], times: list[float], reason: str) -> Reply:
     if not reason:
         raise CompletionFailed(200, f"the stream ended after {len(tokens)} tokens, unfinished")
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
@@ -104,9 +153,11 @@ def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 300) -> d
     return answer
 
 
-def _events(url: str, body: dict[str, Any], timeout_s: float) -> Iterator[dict[str, Any]]:
+def _events(
+    url: str, path: str, body: dict[str, Any], timeout_s: float
+) -> Iterator[dict[str, Any]]:
     """The JSON objects of a server-sent event stream, each as soon as it is there."""
-    for line in _lines(url, "/v1/completions", body, timeout_s):
+    for line in _lines(url, path, body, timeout_s):
         data = line.strip().removeprefix(b"data: ")
         if data and data != b"[DONE]":
             yield json.loads(data)
