@@ -71,19 +71,23 @@ class Rank:
         *,
         protocol: str = "loopback",
         kinds: Sequence[str] = ("full",),
+        layers: Sequence[int] = range(LAYERS),
         seed: int | None = None,
         rank: int = 0,
         tp_size: int = 1,
         now: Callable[[], float] = time.monotonic,
         spec: dict[str, object] | None = None,
         engine: dict[str, object] | None = None,
+        on_peer_lost: Callable[[PeerRef, str], None] = lambda _ref, _reason: None,
         **settings: Any,  # noqa: ANN401 - whatever a setting takes
     ) -> None:
-        """`seed` fills the cache with random bytes, else it is zero."""
+        """`seed` fills the cache with random bytes, else it is zero.
+
+        A pipeline stage holds only some `layers`, in this order.
+        """
         self.name = name
         self.cache = [
-            [np.zeros((PAGES, HEADS, TOKENS, CONTENT), np.uint32) for _ in range(LAYERS)]
-            for _ in kinds
+            [np.zeros((PAGES, HEADS, TOKENS, CONTENT), np.uint32) for _ in layers] for _ in kinds
         ]
         if seed is not None:
             random = np.random.default_rng(seed)
@@ -103,7 +107,7 @@ class Rank:
                 order="HTC",
                 tp_rank=rank,
                 tp_size=tp_size,
-                groups=tuple(_group(kind, g) for g, kind in enumerate(kinds)),
+                groups=tuple(_group(kind, g, layers) for g, kind in enumerate(kinds)),
             ),
             **(spec or {}),
         )
@@ -113,7 +117,7 @@ class Rank:
         self.received: list[str] = []  # all that ended, also the failed ones
         self.failed: dict[str, str] = {}  # with the reason
         self.failures: dict[str, int] = {}
-        self.bytes_read = 0
+        self.batches: list[int] = []  # bytes of each read that ended well
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:
             self.engine = opening.enter_context(TransferEngine(self.config.engine))
@@ -126,6 +130,7 @@ class Rank:
                 engine_id=name,
                 spec=self.spec,
                 layout=self.layout,
+                on_peer_lost=on_peer_lost,
                 now=now,
             )
             opening.callback(self.node.close)
@@ -136,6 +141,11 @@ class Rank:
         """Close node and engine, and look once more for reports. Idempotent."""
         self._open.close()
         self.look()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all reads that ended well, up to the last look."""
+        return sum(self.batches)
 
     @property
     def ref(self) -> PeerRef:
@@ -200,7 +210,7 @@ class Rank:
 
     def _count(self, counts: Counts | None) -> None:
         if counts is not None:
-            self.bytes_read += sum(counts.nbytes)
+            self.batches += counts.nbytes
             for reason, times in counts.failures.items():
                 self.failures[reason] = self.failures.get(reason, 0) + times
 
@@ -277,12 +287,12 @@ def ranks() -> Iterator[Callable[..., Rank]]:
             assert len(reports) == len(set(reports)), f"{rank.name}: {what} twice: {reports}"
 
 
-def _group(kind: str, index: int) -> GroupSpec:
+def _group(kind: str, index: int, layers: Sequence[int]) -> GroupSpec:
     return GroupSpec(
         kind=kind,  # type: ignore[arg-type]  # a test's mistake shows at once
         window=2 * TOKENS if kind == "window" else 0,
-        layers=tuple(f"group{index}.layer{n}" for n in range(LAYERS)),
-        page_bytes=(HEADS * TOKENS * CONTENT * 4,) * LAYERS,
+        layers=tuple(f"group{index}.layer{n}" for n in layers),
+        page_bytes=(HEADS * TOKENS * CONTENT * 4,) * len(layers),
     )
 
 

@@ -137,7 +137,7 @@ class RawPrefill:
 
     def __init__(self, like: Rank) -> None:
         """`like` lends its cache, layout and segment to the welcome."""
-        self._like = like
+        self.like = like
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(SOON)
         port = self._listener.getsockname()[1]
@@ -159,9 +159,9 @@ class RawPrefill:
             engine_id="raw",
             rank=0,
             incarnation="raw",
-            spec=self._like.spec,
-            layout=self._like.layout,
-            segment=self._like.engine.record(),
+            spec=self.like.spec,
+            layout=self.like.layout,
+            segment=self.like.engine.record(),
             heartbeat_s=0.1,
         )
         return msgspec.structs.replace(like, **fields)

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncake_connector import plan
-from mooncake_connector.layout import PieceTable, layer_layout
+from mooncake_connector.layout import (
+    CacheLayout,
+    CacheSpec,
+    GroupSpec,
+    LayerLayout,
+    PieceTable,
+    layer_layout,
+)
 
 BLOCKS = 6  # pages per cache in these tests
 
@@ -92,3 +99,81 @@ def test_overlap_pairs_equal_positions(first: int, count: int, other: int, many:
     positions = set(range(first, first + count)) & set(range(other, other + many))
     assert {int(i) - 100 + first for i in ours} == positions
     assert [int(i) - 100 + first for i in ours] == [int(i) - 500 + other for i in theirs]
+
+
+NAMES = [f"layer {number}" for number in range(6)]
+
+
+@given(st.permutations(NAMES), st.lists(st.sampled_from(NAMES), unique=True), st.data())
+def test_narrowed_finds_by_name_what_the_other_side_has(
+    held: list[str], wanted: list[str], data: st.DataObject
+) -> None:
+    numbers = st.integers(1, 2**40)
+    where = {
+        name: LayerLayout(
+            address=data.draw(numbers),
+            page_stride=data.draw(numbers),
+            piece_bytes=data.draw(numbers),
+            piece_offsets=tuple(data.draw(st.lists(numbers, min_size=1, max_size=3))),
+            pages=data.draw(numbers),
+        )
+        for name in held
+    }
+    layout = CacheLayout((tuple(where.values()), (where[held[0]],)))
+    own, other = cache(held, held[:1]), cache(wanted, held[:1])
+    table, only = plan.narrowed(layout, own, other)
+    pieces = [
+        (where[name].address + offset, where[name].page_stride, where[name].piece_bytes)
+        for name in wanted
+        for offset in where[name].piece_offsets
+    ]
+    assert rows(table) == pieces
+    assert table.pages == min((where[name].pages for name in wanted), default=0)
+    assert rows(only) == rows(PieceTable([where[held[0]]]))
+
+
+@given(
+    st.lists(st.sampled_from(NAMES), unique=True),
+    st.lists(st.sampled_from(NAMES), unique=True),
+    st.sampled_from([(1, 1), (2, 2), (1, 2), (2, 1), (3, 2)]),
+)
+def test_two_caches_without_a_difference_have_a_part_in_common_that_narrowed_names(
+    theirs: list[str], ours: list[str], stages: tuple[int, int]
+) -> None:
+    """For layers of one size the model is: equal stages and lists, or a part of one stage's."""
+    there, here = stages
+    prefill, decode = cache(theirs, pp_size=there), cache(ours, pp_size=here)
+    fits = set(theirs) <= set(ours) if here == 1 < there else (theirs, there) == (ours, here)
+    assert (plan.differences(prefill, decode) == []) is fits
+    if fits:
+        layers = tuple(
+            LayerLayout(address=n, page_stride=8, piece_bytes=8, piece_offsets=(0,), pages=BLOCKS)
+            for n, _ in enumerate(ours)
+        )
+        (table,) = plan.narrowed(CacheLayout((layers,)), decode, prefill)
+        assert [ours[int(address)] for address in table.base] == theirs
+
+
+def cache(*groups: list[str], pp_size: int = 1) -> CacheSpec:
+    return CacheSpec(
+        model="",
+        model_digest="",
+        revision="",
+        dtype="",
+        page_size=1,
+        order="",
+        tp_rank=0,
+        tp_size=1,
+        pp_size=pp_size,
+        groups=tuple(
+            GroupSpec(kind="full", layers=tuple(names), page_bytes=(8,) * len(names))
+            for names in groups
+        ),
+    )
+
+
+def rows(table: PieceTable) -> list[tuple[int, int, int]]:
+    return [
+        (int(base), int(stride), int(nbytes))
+        for base, stride, nbytes in zip(table.base, table.stride, table.nbytes, strict=True)
+    ]
