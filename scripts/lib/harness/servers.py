@@ -64,7 +64,7 @@ def connector(role: str, etcd: str, settings: Mapping[str, Any] | None = None) -
 
 
 class Server(Child):
-    """A child that serves HTTP at `url`; ready when `GET /health` says so."""
+    """A child that serves HTTP at `url`; ready when `GET /health`, or `ready_path`, says so."""
 
     def __init__(
         self,
@@ -75,15 +75,17 @@ class Server(Child):
         env: Mapping[str, str] | None = None,
         *,
         timeout_s: float,
+        ready_path: str = "/health",
     ) -> None:
         super().__init__(name, command, log, env)
         self.url = url
+        self._ready_path = ready_path
         self._timeout_s = timeout_s
 
     def healthy(self) -> bool:
-        """One look at `/health`."""
+        """One look."""
         try:
-            return get(self.url, "/health")[0] == http.HTTPStatus.OK
+            return get(self.url, self._ready_path)[0] == http.HTTPStatus.OK
         except (OSError, http.client.HTTPException):
             return False
 
@@ -174,11 +176,17 @@ class Servers:
         )
 
     def start(
-        self, name: str, port: int, command: Sequence[str], timeout_s: float = PROXY_TIMEOUT_S
+        self,
+        name: str,
+        port: int,
+        command: Sequence[str],
+        timeout_s: float = PROXY_TIMEOUT_S,
+        ready_path: str = "/health",
     ) -> Server:
         """Start any other HTTP server that listens on `port`; returns at once."""
         url = f"http://{HOST}:{port}"
-        server = Server(name, url, command, self._logs / f"{name}.log", timeout_s=timeout_s)
+        log = self._logs / f"{name}.log"
+        server = Server(name, url, command, log, timeout_s=timeout_s, ready_path=ready_path)
         self._children.append(server)
         return server
 

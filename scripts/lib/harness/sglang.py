@@ -117,7 +117,8 @@ class SGLangServers(Servers):
         command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
         command += ["--host", HOST, "--port", str(port), "--policy", "round_robin"]
         command += ["--prometheus-port", str(free_port()), "--prometheus-host", HOST]
-        return self.start("router", port, command)
+        # Its /health is good before it has looked at the servers.
+        return self.start("router", port, command, ready_path="/readiness")
 
 
 def _settings(etcd: str, more: Mapping[str, Any]) -> dict[str, Any]:
