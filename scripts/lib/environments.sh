@@ -25,11 +25,12 @@ print("\n".join(wanted))
 PYTHON
 }
 
-# environment DIR RECIPE: run `RECIPE DIR` unless DIR holds what RECIPE makes today. Installing
-# over an installation that was cut short mends it, so only another Python starts from nothing.
+# environment DIR RECIPE [PART...]: run `RECIPE DIR` unless DIR holds what RECIPE, with what it uses,
+# makes today. Installing over an installation that was cut short mends it, so only another Python
+# starts from nothing.
 environment() {
     local folder=$1 recipe=$2 stamp
-    stamp=$(fingerprint "$(declare -f "$recipe")")
+    stamp=$(fingerprint "$(declare -f "$recipe" install_torch)" "$torch ${test_tools[*]}" "${@:3}")
     {
         flock 9 # two scripts started at once must not install into one folder
         [[ $(cat "$folder/.stamp" 2>/dev/null) == "$stamp" ]] && return
@@ -112,14 +113,22 @@ sglang_environment() {
         python-multipart pyzmq regex requests safetensors scipy sentencepiece setproctitle \
         tiktoken tqdm uvicorn uvloop watchfiles xxhash zstandard
     pip_install "$folder" --no-deps sglang==0.5.23 sglang-router==0.3.2 xgrammar==0.2.7 \
-        apache-tvm-ffi==0.1.11 soundfile==0.13.1 cffi pycparser \
-        ./tests/standins/sgl_kernel ./tests/standins/torchvision
+        apache-tvm-ffi==0.1.11 soundfile==0.13.1 cffi pycparser
+    rm -rf "$cache/standins" # a copy, since pip leaves its build where the sources lie
+    cp -r tests/standins "$cache/standins"
+    pip_install "$folder" --no-deps --force-reinstall "$cache"/standins/*
     pip_install "$folder" --no-deps -e .
+}
+
+standins() {
+    find tests/standins \( -name '*.py' -o -name '*.toml' \) -print0 | sort -z | xargs -0 sha256sum
 }
 
 use_dev() { environment "$root/.venv" dev_environment; }
 use_vllm() { environment "$root/.venv-vllm" vllm_environment; }
-use_sglang() { environment "$root/.venv-sglang" sglang_environment; }
+use_sglang() {
+    environment "$root/.venv-sglang" sglang_environment "$(standins)"
+}
 
 # use_tiny_model FRAMEWORK: the model that every real server here serves; ten seconds, once.
 tiny_model=$cache/tiny-model-$(sha256sum scripts/lib/tiny_model.py | head -c 8)
