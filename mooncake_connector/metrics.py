@@ -14,9 +14,17 @@ _SIZES = [2.0**power for power in range(12, 36, 2)]
 _NUMBERS = [4.0**power for power in range(11)]
 #: Field of `stats.Counts` -> name, text, buckets.
 _HISTOGRAMS = {
-    "seconds": ("transfer_seconds", "Seconds from submit to last byte, per batch.", _TIMES),
+    "seconds": (
+        "transfer_seconds",
+        "Seconds from submit to last byte, per batch of reads.",
+        _TIMES,
+    ),
     "nbytes": ("transfer_bytes", "Bytes per batch of reads.", _SIZES),
-    "descriptors": ("transfer_descriptors", "Runs per batch before merging neighbours.", _NUMBERS),
+    "descriptors": (
+        "transfer_descriptors",
+        "Runs per batch before neighbours are merged.",
+        _NUMBERS,
+    ),
     "runs": ("transfer_runs", "Runs per batch after neighbours were merged.", _NUMBERS),
 }
 
@@ -67,9 +75,11 @@ class Instruments:
         )
 
     def begin(self, labels: Sequence[object]) -> None:
-        """Show these labels before anything has happened under them."""
+        """Show zeros under these labels: Prometheus sees no increase in a number's first value."""
         self._held.labels(*labels).set(0)
         self._requests.labels(*labels)
+        for histogram in self._histograms.values():
+            histogram.labels(*labels)
 
     def observe(self, labels: Sequence[object], data: Mapping[str, Any]) -> None:
         """Record what was counted since the last call: the fields of `stats.Counts`."""
