@@ -70,7 +70,7 @@ class MooncakeKVManager(CommonKVManager):
         self._fetching: dict[str, MooncakeKVReceiver] = {}
         # Reads of requests that SGLang has given up, by room: their pages are not free yet.
         self._draining: dict[int, set[str]] = {}
-        self._lock = threading.Lock()  # guards _receivers, which the node's thread reads
+        self._lock = threading.Lock()  # guards _receivers and _draining: other threads come too
         self._receivers: set[MooncakeKVReceiver] = set()
         self._look_ups: dict[str, Future[bool]] = {}
         self._silent_since: dict[str, float] = {}
@@ -275,8 +275,9 @@ class MooncakeKVManager(CommonKVManager):
 
     def give_up(self, room: int, request_ids: set[str]) -> None:
         """Cancel reads; `is_abort_release_safe` says when they no longer touch the pages."""
-        if request_ids:
-            self._draining.setdefault(room, set()).update(request_ids)
+        with self._lock:
+            if request_ids:
+                self._draining.setdefault(room, set()).update(request_ids)
         for request_id in request_ids:
             self.node.cancel(request_id)
 
@@ -286,11 +287,11 @@ class MooncakeKVManager(CommonKVManager):
         for request_id in results.received:
             receiver = self._fetching.pop(request_id)
             room = receiver.bootstrap_room
-            draining = self._draining.get(room)
-            if draining is not None:
+            with self._lock:
+                draining = self._draining.get(room, set())
                 draining.discard(request_id)
                 if not draining:
-                    del self._draining[room]
+                    self._draining.pop(room, None)
             receiver.ended(request_id, results.failed.get(request_id))
 
     @override

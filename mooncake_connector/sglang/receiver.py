@@ -154,8 +154,7 @@ class MooncakeKVReceiver(CommonKVReceiver):
         if self.conclude_state is not None:
             return self.conclude_state
         self.kv_mgr.collect()
-        if self._overdue():
-            self.fail_unless_reading(self._overdue())
+        self._fail_if_overdue()
         if self._reason:
             self._conclude(KVPoll.Failed)
         elif self._reading is not None and not self._reading:
@@ -169,12 +168,11 @@ class MooncakeKVReceiver(CommonKVReceiver):
         if self._owns_bootstrap_room:
             self.kv_mgr.update_status(self.bootstrap_room, state)
 
-    def _overdue(self) -> str:
-        limit = self.kv_mgr.config.request_timeout_s
-        if self._reading is not None or time.monotonic() - self._began < limit:
-            return ""  # a fetch has its own limit
-        lacks = "KV pages on this server" if self.peers else f"prefill at {self.bootstrap_addr}"
-        return f"waited for {lacks} for {limit:g} s (request_timeout_s)"
+    def _fail_if_overdue(self) -> None:
+        limit = self.kv_mgr.config.request_timeout_s  # a fetch watches its own
+        if self._reading is None and time.monotonic() - self._began >= limit:
+            what = "KV pages on this server" if self.peers else f"prefill at {self.bootstrap_addr}"
+            self.fail_unless_reading(f"waited for {what} for {limit:g} s (request_timeout_s)")
 
     def ended(self, request_id: str, error: str | None) -> None:
         """One prefill rank's part is here, or is not; called once for each, by `collect`."""

@@ -54,6 +54,7 @@ def _add_backend() -> None:
     from sglang.srt.arg_groups import choices
     from sglang.srt.disaggregation import utils
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.version import __version__
 
     _expect(utils, "get_kv_class", "transfer_backend", "class_type")
     _expect(choices, "add_disagg_transfer_backend_choices")
@@ -61,6 +62,8 @@ def _add_backend() -> None:
     _add_member(utils.TransferBackend)
     if NAME in choices.DISAGG_TRANSFER_BACKEND_CHOICES:
         return
+    if __version__ != KNOWN_VERSION:
+        log.info("SGLang is %s; this was written against %s", __version__, KNOWN_VERSION)
     choices.add_disagg_transfer_backend_choices([NAME])
     HookRegistry.register(f"{_QUEUES}.utils.get_kv_class", _get_kv_class, HookType.AROUND)
 
@@ -100,7 +103,7 @@ def hand_over_prompts() -> None:
     """
     from sglang.srt.disaggregation.decode import DecodePreallocQueue
     from sglang.srt.disaggregation.prefill import PrefillBootstrapQueue
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     made = {
         f"{_QUEUES}.prefill.PrefillBootstrapQueue.create_sender": _sender_made,
@@ -111,7 +114,8 @@ def hand_over_prompts() -> None:
     _expect(DecodePreallocQueue, "_prealloc_required_tokens", "req")
     for target, hook in made.items():
         if target not in HookRegistry._hooks:  # noqa: SLF001 - there is no other way to ask
-            HookRegistry.register(target, hook, HookType.AFTER)
+            source = HookSource(NAME, "mooncake-connector")  # for SGLang's log
+            HookRegistry.register(target, hook, HookType.AFTER, source=source)
     HookRegistry.apply_hooks()
     missing = made.keys() - HookRegistry._patched  # noqa: SLF001 - it only logs what failed
     if missing:

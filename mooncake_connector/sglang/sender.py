@@ -62,6 +62,7 @@ class MooncakeKVSender(CommonKVSender):
         self._hold = self.kv_mgr.node.prefill.open(
             str(self.bootstrap_room), "", prompt_key, reusable=True, on_change=self._on_change
         )
+        assert self._hold is not None, "whoever had the room ended its transfer before it left"
 
     def _on_change(self, hold: Hold) -> None:
         """Under the prefill side's lock, on any thread; not after `_end` has returned."""
