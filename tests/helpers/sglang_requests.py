@@ -1,0 +1,116 @@
+"""The ways a generation can take: one server, two legs by hand, or through the router."""
+
+from __future__ import annotations
+
+import http
+import http.client
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from harness.completions import CompletionFailed, post
+from harness.servers import HOST
+from sglang_stage import REPLY_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+    from harness.servers import Server
+    from sglang_stage import Stage
+
+
+def body(ids: list[int], max_tokens: int = 16, **more: object) -> dict[str, Any]:
+    """A greedy request; `more` goes into it, "sampling_params" into those."""
+    sampling = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True}
+    sampling |= more.pop("sampling_params", {})  # type: ignore[arg-type]  # a dict
+    return {"input_ids": ids, "sampling_params": sampling, **more}
+
+
+def send(server: Server, ids: list[int], **more: object) -> dict[str, Any]:
+    """The JSON answer; `CompletionFailed` for an error."""
+    return post(server.url, "/generate", body(ids, **more), REPLY_S)
+
+
+def ask(server: Server, ids: list[int], **more: object) -> list[int]:
+    """The token ids that it answers."""
+    tokens: list[int] = send(server, ids, **more)["output_ids"]
+    return tokens
+
+
+def meeting(stage: Stage, room: int | None = None) -> dict[str, Any]:
+    """What both legs of one request have in common; a new room when none is named."""
+    return {
+        "bootstrap_host": HOST,
+        "bootstrap_port": stage.prefill.bootstrap_port,
+        "bootstrap_room": stage.room() if room is None else room,
+    }
+
+
+def moved(path: str = "", delay_s: float = 0) -> dict[str, Any]:
+    """How decode servers with `testing` move the KV; every request sets the delay anew."""
+    test = ({"protocol": path} if path else {}) | {"delay_s": delay_s}
+    return {"sampling_params": {"custom_params": {"mooncake_connector": test}}}
+
+
+def both(
+    stage: Stage, ids: list[int], room: int | None = None, path: str = "", **more: object
+) -> list[int]:
+    """Both legs by hand, at once, as a router sends them; decode's tokens."""
+    where = meeting(stage, room)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(send, stage.prefill, ids, **where, **more)
+        tokens = ask(stage.decode, ids, **where, **moved(path), **more)
+        first.result(REPLY_S)
+    return tokens
+
+
+def refusal(server: Server, ids: list[int], **more: object) -> CompletionFailed:
+    """The error that it answers."""
+    try:
+        answer = send(server, ids, **more)
+    except CompletionFailed as failed:
+        return failed
+    raise AssertionError(f"answered {answer}")
+
+
+class Client:
+    """A request whose client goes away when the test wants it."""
+
+    def __init__(self, server: Server, ids: list[int], **more: object) -> None:
+        """Send it; the answer is streamed when `more` says so."""
+        self._connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=REPLY_S)
+        self._connection.request(
+            "POST",
+            "/generate",
+            json.dumps(body(ids, **more)),
+            headers={"Content-Type": "application/json"},
+        )
+        self._response: http.client.HTTPResponse | None = None
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Of a streamed answer, as they come."""
+        self._response = self._connection.getresponse()
+        assert self._response.status == http.HTTPStatus.OK, self._response.read()
+        for line in self._response:
+            data = line.strip().removeprefix(b"data: ")
+            if data and data != b"[DONE]":
+                yield json.loads(data)
+
+    def answer(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of an answer that is not streamed."""
+        self._response = self._connection.getresponse()
+        return self._response.status, json.loads(self._response.read())
+
+    def leave(self) -> None:
+        """Go away."""
+        if self._response is not None:
+            self._response.close()
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
