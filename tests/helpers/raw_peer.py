@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -53,19 +54,23 @@ class RawPeer:
         return message
 
     def _next(self) -> wire.AnyMessage:
-        while True:
+        end = time.monotonic() + SOON  # of all: pings alone would keep a socket's time-out away
+        while time.monotonic() < end:
             length = int.from_bytes(self._exactly(wire.PREFIX_BYTES), "big")
             message = wire.decode(self._exactly(length))
             if isinstance(message, wire.Subscribe):
                 self.reader = message.reader
             if not isinstance(message, wire.Ping):
                 return message
+        raise TimeoutError(f"nothing but pings for {SOON:g} s")
 
     def is_closed(self) -> bool:
         """Wait until the other side hangs up, whatever it says before; False when it does not."""
+        end = time.monotonic() + SOON
         try:
             while self.socket.recv(65536):
-                pass
+                if time.monotonic() >= end:
+                    return False
         except ConnectionError:
             return True
         except TimeoutError:

@@ -72,13 +72,16 @@ def test_metadata_alone_is_read_when_no_page_is_moved(make: Callable[..., Rank])
     prefill.await_sent()
 
 
-def test_pages_without_their_row_of_metadata_are_not_received(make: Callable[..., Rank]) -> None:
+@pytest.mark.parametrize("pages", [0, 1])
+def test_pages_without_their_row_of_metadata_are_not_received(
+    make: Callable[..., Rank], pages: int
+) -> None:
     prefill, decode = pair(make, "full", "metadata")
     prefill.offer(run(0, 11), nothing())
-    decode.fetch(prefill.ref, run(0, 1), run(0, 20))
+    decode.fetch(prefill.ref, run(0, 1) if pages else nothing(1), run(0, 20))
     assert not decode.await_end()
     assert decode.failures == {"short": 1}
-    assert decode.batches == [PAGE_BYTES]  # its KV is here
+    assert decode.batches == [PAGE_BYTES] * pages  # its KV is here
     prefill.await_sent()
 
 
