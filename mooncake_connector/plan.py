@@ -72,8 +72,8 @@ def transfers(
     """
     if len(local_pages) != len(remote_pages):
         raise ValueError(f"{len(local_pages)} local pages for {len(remote_pages)} remote ones")
-    if not len(local_pages):
-        return EMPTY
+    if not len(local_pages) or not (len(local.base) or len(remote.base)):
+        return EMPTY  # the latter: a pipeline stage may hold no layer of a group
     for whose, table, pages in (("local", local, local_pages), ("remote", remote, remote_pages)):
         if int(pages.max()) >= table.pages:
             raise ValueError(

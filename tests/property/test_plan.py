@@ -91,6 +91,11 @@ def test_no_byte_is_written_twice(
     assert moves.nbytes == len(pages) * sum(layer.nbytes // BLOCKS for layer in source)
 
 
+def test_a_group_that_a_pipeline_stage_holds_no_layer_of_moves_nothing() -> None:
+    pages = np.arange(3, dtype=np.uint64)
+    assert plan.transfers(PieceTable([]), PieceTable([]), pages, pages) is plan.EMPTY
+
+
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
 def test_overlap_pairs_equal_positions(first: int, count: int, other: int, many: int) -> None:
     wanted = plan.PageRun(first, np.arange(count, dtype=np.uint64) + 100)
