@@ -89,18 +89,6 @@ def node_keys(engine_id: str) -> str:
     return f"{NODES}{quote(engine_id, safe='')}/"
 
 
-def rank_of(key: str) -> int:
-    """The rank whose record is published there.
-
-    Raises:
-        WireError: When it is no node record's key.
-    """
-    rank = key.rpartition("/")[2]
-    if not rank.isdecimal():
-        raise WireError(f"{key} is not the key of a node record")
-    return int(rank)
-
-
 def encode_node(record: NodeRecord) -> bytes:
     """The published form."""
     return msgspec.json.encode(record)
@@ -119,9 +107,14 @@ def decode_node(key: str, value: bytes) -> NodeRecord:
 
 
 def listings(records: Iterable[NodeRecord]) -> dict[str, Listing]:
-    """The API servers, by URL, of the engines whose ranks have all published."""
+    """The API servers, by URL, of the engines whose ranks have all published.
+
+    Not SGLang's: what our proxy adds to a request is vLLM's; SGLang has a router of its own.
+    """
     ranks: dict[str, dict[int, NodeRecord]] = {}
     for record in records:
+        if record.framework == "sglang":
+            continue
         ranks.setdefault(record.engine_id, {})[record.rank] = record
     engines: dict[str, list[tuple[Engine, Role]]] = {}
     for engine_id, by_rank in ranks.items():

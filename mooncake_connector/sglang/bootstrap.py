@@ -7,164 +7,111 @@ rank that died is not offered any more, and this server may restart without its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
-import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 from aiohttp import web
 from mooncake_engine.metadata import open_store
-from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
-from typing_extensions import override
+from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer
+from sglang.srt.environ import envs
 
 from mooncake_connector.bootstrap import BootstrapError
-from mooncake_connector.cluster import decode_node, node_keys, rank_of
-from mooncake_connector.errors import WireError
+from mooncake_connector.cluster import node_keys
 from mooncake_connector.sglang import settings
-from mooncake_connector.sglang.routes import RouteTable, decode_row
+from mooncake_connector.sglang.registry import Registry
 
 if TYPE_CHECKING:
-    from mooncake_engine.metadata.base import MetadataStore, Watch
+    from collections.abc import Coroutine
+
+    from mooncake_connector.config import ConnectorConfig
 
 log = logging.getLogger(__name__)
 
-_QUERY = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
-_START_S = 10.0
+_START_S = 10.0  # resolving a host name is what can take long
 _STOP_S = 5.0
 
 
-class MooncakeKVBootstrapServer(CommonKVBootstrapServer):
-    """Serves on a thread of its own from the constructor on.
+class MooncakeKVBootstrapServer(BaseKVBootstrapServer):
+    """Serves from the constructor on, on a thread of its own, until `close`.
+
+    Not a `CommonKVBootstrapServer`: what SGLang's Rust server has built in stands in for those,
+    and does not hand on which node a rank is; for others it starts the class it finds.
+
+    Attributes:
+        host: What it listens on.
+        port: Ditto; the port that was found when the constructor was told 0.
 
     Raises:
         BootstrapError: The port is taken or may not be used.
-        MetadataError: etcd is configured and cannot be reached.
+        ConfigError: Our settings cannot be used.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._table = RouteTable()
-        self._lock = threading.Lock()  # guards _table: etcd's rows come on another thread
-        self._listener = _listen(host, port)
-        self._started = threading.Event()
-        self._store: MetadataStore | None = None
-        self._watch: Watch | None = None
+        self.host = host
+        self.port = port
         config = settings.load()
-        super().__init__(host, port)
-        if config.engine.metadata.backend == "etcd":
-            self._store = open_store(config.engine.metadata, config.engine.host)
-            self._watch = self._store.watch(node_keys(settings.engine_id()), self._on_record)
-        self._started.wait(_START_S)
-        log.info("bootstrap server at http://%s:%d", host, port)
+        from_store = config.engine.metadata.backend == "etcd"
+        # A request that was not read in its time has failed; SGLang's time for rooms is 120 s.
+        interval_s = envs.SGLANG_DISAGGREGATION_BOOTSTRAP_ENTRY_CLEANUP_INTERVAL.get()
+        lifetime_s = max(config.request_timeout_s, interval_s)
+        self._registry = Registry(room_lifetime_s=lifetime_s, from_store=from_store)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="mooncake-bootstrap", daemon=True)
+        # Everything it serves is in memory, so there is no request to wait for when it stops.
+        self._runner = web.AppRunner(self._registry.app(), access_log=None, shutdown_timeout=0.5)
+        self._opened = contextlib.ExitStack()
+        with contextlib.ExitStack() as opening:
+            self._thread.start()
+            opening.callback(self._end_thread)
+            self._on_loop(self._listen(), _START_S + _STOP_S)
+            if from_store:
+                self._follow_store(config, opening)
+            self._opened = opening.pop_all()
+        where = "their records in etcd" if from_store else "PUT /route"
+        log.info("bootstrap server at http://%s:%d, ranks register by %s", host, self.port, where)
 
-    @override
     def close(self) -> None:
         """Stop serving. Idempotent."""
-        if self._watch is not None:
-            self._watch.close()
-        if self._store is not None:
-            self._store.close()
-        self._watch = self._store = None
-        if self.thread.is_alive():
-            self._started.wait(_START_S)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self.thread.join(_STOP_S)
+        self._opened.close()
 
-    def _on_record(self, key: str, value: bytes | None) -> None:
-        """Etcd's rows, on the watch's thread."""
-        with self._lock:
-            try:
-                if value is None:
-                    self._table.remove(rank_of(key))
-                elif (route := decode_node(key, value).route) is not None:
-                    self._table.add(decode_row(route))
-            except WireError as exc:
-                log.warning("ignored: %s", exc)
+    def _follow_store(self, config: ConnectorConfig, opening: contextlib.ExitStack) -> None:
+        """Hand what the store's thread reports to the loop's."""
+        store = open_store(config.engine.metadata, config.engine.host)
+        opening.callback(store.close)  # before the loop ends: it ends the watch, too
 
-    # ---- the server's thread
+        def on_change(key: str, value: bytes | None) -> None:
+            self._loop.call_soon_threadsafe(self._registry.on_record, key, value)
 
-    @override
-    def _run_server(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self._loop)
-        self._runner = web.AppRunner(self.app, access_log=None, shutdown_timeout=0.5)
+        store.watch(node_keys(settings.engine_id()), on_change)
+
+    def _on_loop(self, work: Coroutine[None, None, None], within_s: float) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(within_s)
+
+    async def _listen(self) -> None:
+        await self._runner.setup()
         try:
-            self._loop.run_until_complete(self._serve())
+            async with asyncio.timeout(_START_S):
+                await web.TCPSite(self._runner, self.host, self.port).start()
+        except OSError as exc:  # a TimeoutError is one, and says nothing
+            taken = exc.errno == errno.EADDRINUSE
+            why = "the port is taken" if taken else str(exc.strerror or exc) or "no such host known"
+            raise BootstrapError(
+                f"the bootstrap server cannot listen on {self.host}:{self.port}: {why}; give each "
+                "prefill server its own --disaggregation-bootstrap-port and tell the router"
+            ) from exc
+        self.port = self._runner.addresses[0][1]
+
+    def _run(self) -> None:
+        try:
             self._loop.run_forever()
-            self._loop.run_until_complete(self._runner.cleanup())
         finally:
-            for task in asyncio.all_tasks(self._loop):
-                task.cancel()
-            self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 
-    async def _serve(self) -> None:
-        await self._runner.setup()
-        await web.SockSite(self._runner, self._listener).start()
-        self._background_tasks.add(asyncio.ensure_future(self._cleanup_expired_entries()))
-        self._started.set()
-
-    @override
-    async def _handle_route_put(self, request: web.Request) -> web.Response:
-        try:
-            row = decode_row(await _json(request))
-        except WireError as exc:
-            return web.Response(text=str(exc), status=400)
-        with self._lock:
-            self._table.add(row)
-        return web.Response(text="OK")
-
-    @override
-    async def _handle_route_get(self, request: web.Request) -> web.Response:
-        try:
-            key = tuple(int(request.query[name]) for name in _QUERY)
-        except (KeyError, ValueError):
-            return web.Response(text=f"needs the numbers {', '.join(_QUERY)}", status=400)
-        with self._lock:
-            missing = self._table.missing()
-            if missing:
-                return web.Response(text=missing, status=503)
-            if key == (-1, -1, -1, -1):
-                return web.json_response(self._table.topology())
-            rank = self._table.rank(key)  # type: ignore[arg-type]  # four of them
-        if rank is None:
-            named = ", ".join(f"{name}={number}" for name, number in zip(_QUERY, key, strict=True))
-            return web.Response(text=f"this prefill server has no {named}", status=404)
-        return web.json_response(rank)
-
-    @override
-    async def _handle_register_dp_rank(self, request: web.Request) -> web.Response:
-        return await _or_400(request, super()._handle_register_dp_rank)
-
-    @override
-    async def _handle_query_dp_ranks(self, request: web.Request) -> web.Response:
-        return await _or_400(request, super()._handle_query_dp_ranks)
-
-
-async def _json(request: web.Request) -> Any:  # noqa: ANN401 - whatever was sent
-    try:
-        return msgspec.json.decode(await request.read())
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise WireError(f"the body is not JSON: {exc}") from exc
-
-
-async def _or_400(request: web.Request, handle: Any) -> web.Response:  # noqa: ANN401 - a coroutine function
-    """SGLang's own answer, and no traceback for a body that is none."""
-    try:
-        answer: web.Response = await handle(request)
-    except (AttributeError, KeyError, TypeError, ValueError) as exc:
-        return web.Response(text=f"cannot use this body: {exc!r}", status=400)
-    return answer
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=128)
-    except OSError as exc:
-        why = "the port is taken" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
-        raise BootstrapError(
-            f"the bootstrap server cannot listen on {host}:{port}: {why}; give each prefill "
-            "server its own --disaggregation-bootstrap-port and tell the router"
-        ) from exc
+    def _end_thread(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            self._on_loop(self._runner.cleanup(), _STOP_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_STOP_S)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from mooncake_connector.cluster import (
@@ -69,6 +70,10 @@ def test_an_engine_is_listed_when_all_its_ranks_have_published() -> None:
 
 def test_an_engine_without_a_url_is_not_listed() -> None:
     assert listings([node(http_url="")]) == {}
+
+
+def test_an_sglang_server_is_not_offered_to_the_proxy() -> None:
+    assert listings([msgspec.structs.replace(node(), framework="sglang")]) == {}
 
 
 def test_data_parallel_engines_share_one_server_in_the_order_of_their_ranks() -> None:
