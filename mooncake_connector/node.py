@@ -247,9 +247,12 @@ class Node:
     async def _count(self, on_counts: Callable[[Counts], None]) -> None:
         while True:
             await asyncio.sleep(_COUNT_S)
-            counts = self.stats.take(self.prefill.held_pages())
-            if counts is not None:
-                on_counts(counts)
+            try:
+                counts = self.stats.take(self.prefill.held_pages())
+                if counts is not None:
+                    on_counts(counts)
+            except Exception:  # a full disk under shared metrics must not end the counting
+                log.exception("handing on what was counted failed; it goes on")
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One decode node's connection."""
