@@ -242,3 +242,20 @@ def test_two_decode_ranks_read_one_transfer_each_what_it_wants(
     assert watched.hold.delivered
     assert (decode.pages(run(0, 1, 2)) == prefill.pages(run(0, 7, 8))).all()
     assert (other.pages(run(1, 3)) == prefill.pages(run(1, 8))).all()
+
+
+def test_one_reader_more_than_expected_is_waited_for_too(
+    prefill: Rank, two: tuple[raw_peer.RawPeer, raw_peer.RawPeer]
+) -> None:
+    """A decode server may ask for a transfer that another one reads already."""
+    watched = Watched(prefill)
+    watched.finish(5)
+    for peer, reader in zip(two, ("one", "other"), strict=True):
+        peer.send(subscribe(reader=reader, readers=1))
+        peer.receive(wire.Ready)
+    assert verdict(two[0], "one")
+    assert not watched.hold.delivered
+    assert prefill.node.prefill.held_pages() == 1
+    assert verdict(two[1], "other")
+    assert watched.hold.delivered
+    prefill.await_sent()
