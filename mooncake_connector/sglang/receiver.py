@@ -52,6 +52,7 @@ class MooncakeKVReceiver(CommonKVReceiver):
         self._name = f"{bootstrap_room}/{next(_serial)}"
         self._reading: set[str] | None = None  # fetches that run; None before send_metadata
         self._reason = ""
+        self._refusal = ""  # to be the reason as soon as prefill can be told
         self._reason_lock = threading.Lock()  # guards _reason and _reading's step from None
         self._began = time.monotonic()
         in_use = bootstrap_room in mgr.request_status
@@ -70,6 +71,10 @@ class MooncakeKVReceiver(CommonKVReceiver):
         self._prompt_key = prompt_key
         self._protocol = protocol
 
+    def refuse(self, reason: str) -> None:
+        """Fail with this reason once prefill's ranks are known, so that they do not wait for us."""
+        self._refusal = reason
+
     @override
     def init(self, prefill_dp_rank: int) -> None:
         """Resolve prefill's ranks, connect to them and claim the request."""
@@ -79,6 +84,9 @@ class MooncakeKVReceiver(CommonKVReceiver):
         if self.conclude_state == KVPoll.Failed:
             return
         self.peers = [self._ref(info) for info in self.bootstrap_infos]
+        if self._refusal:
+            self.fail_unless_reading(self._refusal)
+            return
         for peer in self.peers:
             self.kv_mgr.node.claim(str(self.bootstrap_room), peer)
 

@@ -153,7 +153,7 @@ def _receiver_made(
     )
     needed, capacity = queue._prealloc_required_tokens(req)[0], queue.max_total_num_tokens  # noqa: SLF001 - SGLang would wait for ever
     if needed > capacity and not get_disagg().disaggregation_decode_enable_radix_cache:
-        receiver.fail_unless_reading(
+        receiver.refuse(
             f"decode has {capacity} tokens of KV cache, this prompt needs {needed} with "
             f"{queue.num_reserved_decode_tokens} reserved (--num-reserved-decode-tokens)"
         )

@@ -53,6 +53,9 @@ class MooncakeKVSender(CommonKVSender):
         super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
         if not self._owns_room:
             self._reason = f"bootstrap_room {bootstrap_room} is another request's, still running"
+        elif not bootstrap_room:
+            self._reason = "bootstrap_room 0 is refused by decode, which cannot tell it from none"
+        if self._reason:
             self.conclude_state = KVPoll.Failed
 
     def open(self, prompt_key: str) -> None:
