@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from sglang_stage import Stage
 
 
-def body(ids: list[int], max_tokens: int = 16, **more: object) -> dict[str, Any]:
+def body(ids: list[int] | list[list[int]], max_tokens: int = 16, **more: object) -> dict[str, Any]:
     """A greedy request; `more` goes into it, "sampling_params" into those."""
     sampling = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True}
     sampling |= more.pop("sampling_params", {})  # type: ignore[arg-type]  # a dict
     return {"input_ids": ids, "sampling_params": sampling, **more}
 
 
-def send(server: Server, ids: list[int], **more: object) -> dict[str, Any]:
-    """The JSON answer; `CompletionFailed` for an error."""
+def send(server: Server, ids: list[int] | list[list[int]], **more: object) -> Any:  # noqa: ANN401 - JSON
+    """The answer, a list of them for a list of prompts; `CompletionFailed` for an error."""
     return post(server.url, "/generate", body(ids, **more), REPLY_S)
 
 
@@ -75,6 +75,15 @@ def refusal(server: Server, ids: list[int], **more: object) -> CompletionFailed:
     raise AssertionError(f"answered {answer}")
 
 
+def abort(server: Server, request_id: str) -> None:
+    """What SGLang does some seconds after a client left, now."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=REPLY_S)
+    body = json.dumps({"rid": request_id})
+    connection.request("POST", "/abort_request", body, {"Content-Type": "application/json"})
+    assert connection.getresponse().status == http.HTTPStatus.OK
+    connection.close()
+
+
 class Client:
     """A request whose client goes away when the test wants it."""
 
@@ -97,11 +106,6 @@ class Client:
             data = line.strip().removeprefix(b"data: ")
             if data and data != b"[DONE]":
                 yield json.loads(data)
-
-    def answer(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of an answer that is not streamed."""
-        self._response = self._connection.getresponse()
-        return self._response.status, json.loads(self._response.read())
 
     def leave(self) -> None:
         """Go away."""

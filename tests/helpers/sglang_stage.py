@@ -60,9 +60,7 @@ class Stage:
 
     def start(self) -> None:
         """Start all side by side and wait until they are ready."""
-        self.aggregated = self.servers.sglang(
-            "aggregated", flags=self._flags.get("aggregated", ())
-        )
+        self.aggregated = self.servers.sglang("aggregated", flags=self._flags.get("aggregated", ()))
         self.prefill = self._half("prefill")
         self.decode = self._half("decode")
         for server in (self.aggregated, self.prefill, self.decode):
