@@ -32,3 +32,10 @@ def test_there_are_never_more_rooms_than_the_limit_and_the_oldest_go() -> None:
         rooms.put(room, 0, now=0)
     assert rooms.find(list(range(100)), now=0) == {97: 0, 98: 0, 99: 0}
     assert len(rooms) == 3
+
+
+def test_a_room_used_again_is_not_the_oldest_any_more() -> None:
+    rooms = RoomRanks(lifetime_s=10, limit=2)
+    for room in (5, 6, 5, 7):
+        rooms.put(room, 0, now=0)
+    assert rooms.find([5, 6, 7], now=0) == {5: 0, 7: 0}
