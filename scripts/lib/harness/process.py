@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POLL_S = 0.25  # between two looks at a server that is starting
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # SGLang's router writes colours to files, too
 
 
 class ServerFailed(RuntimeError):
@@ -51,8 +53,9 @@ class Child:
         return self._process.poll() is None
 
     def tail(self, lines: int = 30) -> str:
-        """The last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        """The last lines of the log, without colours."""
+        text = COLOUR.sub("", self.log.read_text(errors="replace"))
+        return "\n".join(text.splitlines()[-lines:])
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
         """Return when `ready()`; `ServerFailed` when the program ends or time runs out."""

@@ -1,8 +1,9 @@
 """SGLang servers, and its router, as real processes on a machine without a GPU.
 
 with SGLangServers(logs, model) as servers:
-pair = [servers.sglang("prefill"), servers.sglang("decode")]
-router = servers.router(*pair)  # when both are ready
+    pair = [servers.sglang("prefill"), servers.sglang("decode")]
+    ...
+    router = servers.router(*pair)  # when both are ready
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ ROLE_FLAGS: dict[Role, tuple[str, ...]] = {
     # Only because there is no GPU: the default keeps retracted requests in pinned memory.
     "decode": ("--disaggregation-decode-retraction-backup", "cpu_tensor"),
 }
+DECODE_RADIX_CACHE = ("--disaggregation-decode-enable-radix-cache",)  # off unless asked for
 SGLANG_ENVIRONMENT = {
     # Only because there is no GPU; the second records a CUDA event.
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -124,7 +126,8 @@ class SGLangServers(Servers):
 def _settings(etcd: str, more: Mapping[str, Any]) -> dict[str, Any]:
     engine: dict[str, Any] = {"host": HOST, **more.get("engine", {})}
     if etcd:
-        engine["metadata"] = {"backend": "etcd", "endpoints": [etcd]}
+        metadata = {"backend": "etcd", "endpoints": [etcd]}
+        engine["metadata"] = metadata | engine.get("metadata", {})
     # As a file holds it, so that a value that JSON has no form for is noticed here.
     settings: dict[str, Any] = json.loads(json.dumps({**more, "engine": engine}))
     return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Self
 
 import msgspec
@@ -10,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from harness.servers import get
 
 PREFIX = "mooncake_connector:"
+LOOK_S = 0.1  # between two looks for what is counted soon
 
 
 class Transfers(msgspec.Struct, frozen=True):
@@ -46,6 +48,16 @@ class Transfers(msgspec.Struct, frozen=True):
             seconds=values.get("transfer_seconds_sum", 0.0),
             paths=paths,
         )
+
+    @classmethod
+    def gained(cls, url: str, before: Self, *, requests: int = 1, within_s: float) -> Transfers:
+        """What happened since `before`, once `requests` more are counted or `within_s` are over."""
+        deadline = time.monotonic() + within_s
+        while True:
+            moved = cls.of(url).since(before)
+            if moved.requests >= requests or time.monotonic() >= deadline:
+                return moved
+            time.sleep(LOOK_S)
 
     def since(self, before: Transfers) -> Transfers:
         """What happened between `before` and this look."""

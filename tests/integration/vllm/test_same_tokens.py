@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from demo import LENGTHS
+from demo_vllm import LENGTHS
 from harness.transfers import Transfers
 from vllm_requests import (
     Client,
