@@ -302,6 +302,8 @@ class DecodeSide:
                 case FetchAction.RELEASE_UNREAD:
                     self._release(fetch, ok=False)
                 case FetchAction.REPORT_RECEIVED:
+                    if event is FetchEvent.HELD:  # else the framework gave it up
+                        self._stats.received()
                     self._report(fetch, failed=False)
                 case FetchAction.REPORT_FAILED:
                     self._report(fetch, failed=True)
@@ -385,8 +387,6 @@ class DecodeSide:
                 request.peer,
                 fetch.error,
             )
-        else:
-            self._stats.received()
         with self._lock:
             self._results.received.add(request.request_id)
             if failed:

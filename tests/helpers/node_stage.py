@@ -118,6 +118,7 @@ class Rank:
         self.failed: dict[str, str] = {}  # with the reason
         self.failures: dict[str, int] = {}
         self.batches: list[int] = []  # bytes of each read that ended well
+        self.whole = 0  # requests that were received and confirmed
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:
             self.engine = opening.enter_context(TransferEngine(self.config.engine))
@@ -211,6 +212,7 @@ class Rank:
     def _count(self, counts: Counts | None) -> None:
         if counts is not None:
             self.batches += counts.nbytes
+            self.whole += counts.requests
             for reason, times in counts.failures.items():
                 self.failures[reason] = self.failures.get(reason, 0) + times
 

@@ -106,6 +106,7 @@ def test_an_abort_of_a_real_read_frees_both_sides(make: Callable[..., Rank]) -> 
     prefill.await_sent()
     # The own pages are the framework's again: nothing comes late.
     assert not decode.pages(run(0, 1)).any()
+    assert decode.whole == 0  # it is reported like one that was received, and counted as none
 
 
 def test_the_abort_of_a_request_that_is_unknown_or_ended_does_nothing(
@@ -119,3 +120,4 @@ def test_the_abort_of_a_request_that_is_unknown_or_ended_does_nothing(
     decode.settle()
     decode.look()
     assert decode.received == ["d"]
+    assert decode.whole == 1
