@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mooncake_connector import wire
 from mooncake_connector.errors import WireError
 from mooncake_connector.holds import Hold, Reader
+from mooncake_connector.parking import Parking
 from mooncake_connector.session import HOLD_TABLE, HoldAction, HoldEvent, HoldState, step
 
 if TYPE_CHECKING:
@@ -23,18 +23,11 @@ if TYPE_CHECKING:
 
     from mooncake_connector.config import ConnectorConfig
     from mooncake_connector.control import Channel
+    from mooncake_connector.parking import Early
     from mooncake_connector.plan import PageRun
     from mooncake_connector.stats import Stats
 
 log = logging.getLogger(__name__)
-
-
-class _Parked(NamedTuple):
-    """A message about a transfer that the framework has not told us of yet."""
-
-    channel: Channel | None  # None: the sender died meanwhile
-    message: wire.Subscribe | wire.Claim | wire.Release
-    expires: float
 
 
 class PrefillSide:
@@ -61,7 +54,7 @@ class PrefillSide:
         # Ended attempts answer repeats until their deadline; newest attempt per transfer.
         self._tombstones: dict[tuple[str, int], Hold] = {}
         self._attempts: dict[str, int] = {}
-        self._parked: dict[str, list[_Parked]] = defaultdict(list)
+        self._parking = Parking()
         self._sent: set[str] = set()
 
     # ---- the framework's thread
@@ -90,9 +83,7 @@ class PrefillSide:
         """
         with self._lock:
             if transfer_id in self._live:
-                log.warning(
-                    "transfer %s is already open; %s is not offered", transfer_id, request_id
-                )
+                log.warning("transfer %s is already open and not offered twice", transfer_id)
                 return None
             attempt = self._attempts.get(transfer_id, 0) + 1
             self._attempts[transfer_id] = attempt
@@ -110,7 +101,7 @@ class PrefillSide:
             before = self._tombstones.get((transfer_id, attempt - 1))
             if before is not None and before.retry and not hold.follow(before):
                 self._conclude_if_all_left(hold, "all its readers left the attempt before")
-            waited = self._parked.pop(transfer_id, ())
+            waited = self._parking.take(transfer_id)
             for parked in waited:
                 if parked.channel is not None:
                     self._dispatch(parked.channel, parked.message)
@@ -222,10 +213,7 @@ class PrefillSide:
                     self._stats.failure("reader_gone")
                     self._conclude_if_all_left(hold, f"decode node {channel.peer} is gone")
                     self._changed(hold)
-            for entries in self._parked.values():
-                entries[:] = [
-                    e._replace(channel=None) if e.channel is channel else e for e in entries
-                ]
+            self._parking.lost(channel)
 
     def sweep(self) -> None:
         """End what is over; called several times a second."""
@@ -246,20 +234,14 @@ class PrefillSide:
                 del self._tombstones[key]
                 if self._attempts.get(key[0]) == key[1] and key[0] not in self._live:
                     del self._attempts[key[0]]
-            for transfer_id in list(self._parked):
-                entries = self._parked[transfer_id]
-                for entry in [e for e in entries if e.expires <= now]:
-                    entries.remove(entry)
-                    if entry.channel is not None and isinstance(entry.message, wire.Subscribe):
-                        self._gone(entry.channel, entry.message, 0, self._unknown(transfer_id))
-                if not entries:
-                    del self._parked[transfer_id]
+            for late_comer in self._parking.expired(now):
+                channel, message, _ = late_comer
+                if channel is not None and isinstance(message, wire.Subscribe):
+                    self._gone(channel, message, 0, self._unknown(message.transfer_id))
 
     # ---- under the lock
 
-    def _dispatch(
-        self, channel: Channel, message: wire.Subscribe | wire.Claim | wire.Release
-    ) -> None:
+    def _dispatch(self, channel: Channel, message: Early) -> None:
         hold = self._live.get(message.transfer_id)
         if isinstance(message, wire.Release):
             self._release(channel, hold, message)
@@ -276,9 +258,9 @@ class PrefillSide:
             elif isinstance(message, wire.Subscribe):
                 self._gone(channel, message, attempt, ended.reason)
 
-    def _park(self, channel: Channel, message: wire.Subscribe | wire.Claim | wire.Release) -> None:
+    def _park(self, channel: Channel, message: Early) -> None:
         expires = self._now() + self._config.unknown_transfer_grace_s
-        self._parked[message.transfer_id].append(_Parked(channel, message, expires))
+        self._parking.add(channel, message, expires)
 
     def _subscribe(self, channel: Channel, hold: Hold, message: wire.Subscribe) -> None:
         hold.claims.discard(channel)  # it has come; what it gets decides whether it stays
@@ -406,7 +388,7 @@ class PrefillSide:
             self._send(reader.channel, ready)
 
 
-def _begins_anew(ended: Hold, message: wire.Subscribe | wire.Claim | wire.Release) -> bool:
+def _begins_anew(ended: Hold, message: Early) -> bool:
     """Is this about a later request that uses the id again, and not one that comes too late?"""
     if not ended.reusable or isinstance(message, wire.Claim):
         return ended.reusable

@@ -62,7 +62,8 @@ class Publication:
         except WireError as exc:
             log.warning("ignored: %s", exc)
             return
-        if record.role != "kv_consumer" and record.rank == self._record.rank:
+        known, ours = (record.framework, record.rank), (self._record.framework, self._record.rank)
+        if record.role != "kv_consumer" and known == ours:
             self._node.connect(
                 PeerRef(
                     address=record.control,

@@ -74,6 +74,10 @@ def refuse_unsupported(server_args: ServerArgs) -> None:
         "SGLANG_DISAGGREGATION_ALL_CP_RANKS_TRANSFER is on; unset it": (
             envs.SGLANG_DISAGGREGATION_ALL_CP_RANKS_TRANSFER.get()
         ),
+        "SGLANG_RUST_SERVER is on together with DP attention, and its ranks then do not register "
+        "with this backend's bootstrap server; unset it": (
+            envs.SGLANG_RUST_SERVER.get() and parallel.attn_dp_size > 1
+        ),
         "SGLANG_DISAGG_STAGING_BUFFER is on; unset it": envs.SGLANG_DISAGG_STAGING_BUFFER.get(),
         # Without it SGLang gives pages of a failed request away while they are still written to.
         "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE is off; unset it": (

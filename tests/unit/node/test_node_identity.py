@@ -219,7 +219,10 @@ def test_an_ended_transfer_is_answered_until_its_deadline_and_then_unknown(
         until(lambda: not prefill.node.prefill._tombstones, "the tombstone to be forgotten")
         assert not prefill.node.prefill._attempts
         decode.send(subscribe())
-        until(lambda: prefill.node.prefill._parked, "the subscription to be parked as unknown")
+        until(
+            lambda: prefill.node.prefill._parking._parked,
+            "the subscription to be parked as unknown",
+        )
 
 
 def test_another_prompt_is_refused_before_any_byte_moves(

@@ -22,10 +22,10 @@ def test_a_subscription_to_an_unknown_transfer_is_served_when_it_becomes_known(
 ) -> None:
     with raw_peer.join(prefill) as decode:
         decode.send(subscribe())
-        until(lambda: prefill.node.prefill._parked, "the subscription to be parked")
+        until(lambda: prefill.node.prefill._parking._parked, "the subscription to be parked")
         prefill.offer(run(0, 1))
         decode.receive(wire.Ready)
-        assert not prefill.node.prefill._parked
+        assert not prefill.node.prefill._parking._parked
 
 
 def test_an_unknown_transfer_is_refused_after_the_grace_and_not_before(
@@ -35,17 +35,17 @@ def test_an_unknown_transfer_is_refused_after_the_grace_and_not_before(
     prefill = make("prefill", seed=1, now=clock, unknown_transfer_grace_s=30.0)
     with raw_peer.join(prefill) as decode:
         decode.send(subscribe("first"))
-        until(lambda: prefill.node.prefill._parked, "the first to be parked")
+        until(lambda: prefill.node.prefill._parking._parked, "the first to be parked")
         clock.advance(29)
         prefill.node.prefill.sweep()
-        assert set(prefill.node.prefill._parked) == {"first"}
+        assert set(prefill.node.prefill._parking._parked) == {"first"}
         decode.send(subscribe("second"))
-        until(lambda: len(prefill.node.prefill._parked) == 2, "the second to be parked")
+        until(lambda: len(prefill.node.prefill._parking._parked) == 2, "the second to be parked")
         clock.advance(2)
         said = decode.receive(wire.Gone)
         assert (said.transfer_id, said.attempt, said.retry) == ("first", 0, False)
         assert "not told of transfer first within 30 s" in said.reason
-        assert set(prefill.node.prefill._parked) == {"second"}
+        assert set(prefill.node.prefill._parking._parked) == {"second"}
 
 
 def test_a_reader_that_is_reset_gives_the_pages_back_at_once(prefill: Rank) -> None:
@@ -112,7 +112,7 @@ def test_one_who_died_before_prefill_heard_of_the_request_keeps_nothing(
 ) -> None:
     with raw_peer.join(prefill) as decode:
         decode.send(message)
-        until(lambda: prefill.node.prefill._parked, "the message to be parked")
+        until(lambda: prefill.node.prefill._parking._parked, "the message to be parked")
         decode.reset()
     until(lambda: not prefill.node._channels, "the end of the connection")
     prefill.offer(run(0, 1))
@@ -123,12 +123,12 @@ def test_one_who_died_before_prefill_heard_of_the_request_keeps_nothing(
 def test_one_who_died_early_does_not_take_the_pages_from_one_who_lives(prefill: Rank) -> None:
     with raw_peer.join(prefill) as dead:
         dead.send(wire.Claim(transfer_id="t"))
-        until(lambda: prefill.node.prefill._parked, "the claim to be parked")
+        until(lambda: prefill.node.prefill._parking._parked, "the claim to be parked")
         dead.reset()
     until(lambda: not prefill.node._channels, "the end of the connection")
     with raw_peer.join(prefill) as alive:
         alive.send(subscribe())
-        until(lambda: len(prefill.node.prefill._parked["t"]) == 2, "both to be parked")
+        until(lambda: len(prefill.node.prefill._parking._parked["t"]) == 2, "both to be parked")
         prefill.offer(run(0, 1))
         alive.receive(wire.Ready)
         alive.send(release(1))

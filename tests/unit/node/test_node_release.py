@@ -153,7 +153,7 @@ def test_giving_up_before_prefill_has_heard_of_the_request_frees_its_pages(
     prefill: Rank, decode: raw_peer.RawPeer
 ) -> None:
     decode.send(release(0, ok=False))
-    until(lambda: prefill.node.prefill._parked, "the parked release")
+    until(lambda: prefill.node.prefill._parking._parked, "the parked release")
     prefill.offer(run(0, 1))
     prefill.await_sent()
 
@@ -189,7 +189,7 @@ def test_giving_up_while_waiting_for_the_next_attempt_gives_it_up(
     read(decode)
     prefill.node.prefill.end("t", "preempted", retry=True)
     decode.send(subscribe(), release(0, ok=False))
-    until(lambda: len(prefill.node.prefill._parked["t"]) == 2, "both to be parked")
+    until(lambda: len(prefill.node.prefill._parking._parked["t"]) == 2, "both to be parked")
     prefill.offer(run(0, 2))
     prefill.await_sent()
 
@@ -358,7 +358,7 @@ def test_a_prompt_that_computes_longer_than_its_total_is_given_up_once_and_not_r
         clock.advance(301)
         decode.receive(wire.Gone)
         decode.send(subscribe("later"))  # a few more looks at the clock pass
-        until(lambda: prefill.node.prefill._parked, "the later subscription to be parked")
+        until(lambda: prefill.node.prefill._parking._parked, "the later subscription to be parked")
         clock.advance(31)
         assert "not told of transfer later" in decode.receive(wire.Gone).reason
     until(lambda: not prefill.node._channels, "the end of the connection")

@@ -57,7 +57,7 @@ def verdict(decode: raw_peer.RawPeer, attempt: int, reader: str, **fields: objec
 
 def parked(prefill: Rank, count: int = 1) -> None:
     """Wait until so many messages wait for the id's next use."""
-    waiting = prefill.node.prefill._parked
+    waiting = prefill.node.prefill._parking._parked
     until(lambda: len(waiting.get("t", ())) == count, f"{count} to be parked")
 
 
@@ -147,7 +147,7 @@ def test_one_who_comes_too_late_for_a_use_that_nobody_read_is_told_at_once(
     said = decode.receive(wire.Gone)
     assert (said.attempt, said.reader, said.reason) == (1, "raw", "prefill aborted it")
     assert not verdict(decode, 0, "raw", ok=False)
-    assert not prefill.node.prefill._parked
+    assert not prefill.node.prefill._parking._parked
     opened(prefill)
     assert prefill.readers() == 0  # nothing of it meets the next use
 
@@ -169,7 +169,7 @@ def test_an_ended_id_that_is_not_used_again_is_gone_at_once_for_everybody(
     read(decode, "one")
     assert verdict(decode, 1, "one")
     decode.send(wire.Claim(transfer_id="t"), subscribe(reader="two"))
-    assert (decode.receive(wire.Gone).reader, prefill.node.prefill._parked) == ("two", {})
+    assert (decode.receive(wire.Gone).reader, prefill.node.prefill._parking._parked) == ("two", {})
     assert not verdict(decode, 0, "two", ok=False)
 
 

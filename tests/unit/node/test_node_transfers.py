@@ -36,7 +36,7 @@ def test_a_decode_that_asks_before_prefill_has_heard_of_the_request_gets_it(
     prefill: Rank, decode: Rank
 ) -> None:
     decode.fetch(prefill.ref, run(0, 5))
-    until(lambda: prefill.node.prefill._parked, "the parked subscription")
+    until(lambda: prefill.node.prefill._parking._parked, "the parked subscription")
     prefill.offer(run(0, 6))
     assert decode.await_end()
     assert (decode.pages(run(0, 5)) == prefill.pages(run(0, 6))).all()
