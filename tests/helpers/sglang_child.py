@@ -23,7 +23,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
 from sglang.srt.runtime_context import SpawnRanks, get_parallel, publish
 from sglang.srt.server_args import ServerArgs
-from sglang_cache import Cache
+from sglang_cache import PAGE_BYTES, Cache
 from sglang_drivers import Offer, Want
 from sglang_ranks import Options
 
@@ -82,6 +82,9 @@ class Rank:
         self.cache = Cache(options)
         mode = DisaggregationMode(options.role)
         self.manager = MooncakeKVManager(self.cache.args, mode, args, options.mla)
+        assert self.manager.faults is not None
+        self.faults = self.manager.faults
+        self.faults.slice_bytes = PAGE_BYTES  # so that a read is as many moves as it has pages
         self.requests: dict[str, Offer | Want] = {}
         self.address = f"127.0.0.1:{options.port}"
 
@@ -107,8 +110,12 @@ class Rank:
     def fire(self, name: str) -> None:
         event = self.requests[name].event  # type: ignore[union-attr]  # ditto
         assert event is not None
-        assert event.waited_for.wait(10)
         event.fired.set()
+
+    def waited_for(self, name: str) -> bool:
+        """Does a thread wait for the event behind which pages were sent?"""
+        event = self.requests[name].event  # type: ignore[union-attr]  # ditto
+        return event is not None and event.waited_for.is_set()
 
     def statuses(self, name: str) -> list[str]:
         return self.requests[name].statuses
@@ -163,26 +170,30 @@ class Rank:
             "addr_to_rooms": sum(len(each) for each in rooms)
         }
 
-    def hold_reads(self, after: int, slice_bytes: int) -> None:
-        assert self.manager.faults is not None
-        self.manager.faults.slice_bytes = slice_bytes
-        self.manager.faults.hold(after)
+    def hold_of(self, room: int) -> dict[str, int]:
+        """What prefill's node knows of a request that is not over."""
+        hold = self.manager.node.prefill._live.get(str(room))
+        if hold is None:
+            return {"claims": 0, "readers": 0, "pages": 0}
+        pages = sum(len(run.ids) for run in hold.pages)
+        return {"claims": len(hold.claims), "readers": len(hold.readers), "pages": pages}
 
-    def await_read(self) -> None:
-        assert self.manager.faults is not None
-        self.manager.faults.wait_held()
+    def hold_reads(self, after: int = 0, *, stubborn: bool = False) -> None:
+        """Let some pages of one layer through and stop the others."""
+        self.faults.hold(after, stubborn=stubborn)
+
+    def held(self) -> int:
+        """Moves that are stopped."""
+        return self.faults._held
 
     def release_reads(self) -> None:
-        assert self.manager.faults is not None
-        self.manager.faults.release()
+        self.faults.release()
 
     def slow_reads(self, seconds: float) -> None:
-        assert self.manager.faults is not None
-        self.manager.faults.delay_per_slice_s = seconds
+        self.faults.delay_per_slice_s = seconds
 
     def moves(self) -> int:
-        assert self.manager.faults is not None
-        return self.manager.faults.moves
+        return self.faults.moves
 
     def address_of_node(self) -> str:
         return self.manager.node.address

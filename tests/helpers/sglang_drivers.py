@@ -95,6 +95,7 @@ class Offer(_Request):
         self.event: HostEvent | None = None
         self.peer = MooncakeKVSender(manager, address, room, routed)
         self.peer.open(key)
+        self.note(self._poll())
 
     def turn(self) -> None:
         if self.over:
@@ -144,6 +145,7 @@ class Want(_Request):
         self._dp_rank: int | None = None
         self.peer = MooncakeKVReceiver(manager, address, room)
         self.peer.expect(key)
+        self.note(self.peer.poll())
 
     def allocate(
         self,

@@ -94,6 +94,10 @@ class RankProcess:
         until(there, f"{name} to be {status}", timeout)
         return seen
 
+    def await_read(self) -> None:
+        """Wait until a read runs and is stopped by `hold_reads`."""
+        until(lambda: self.ask("held"), "a read to run", SOON)
+
     def kill(self) -> None:
         """Returns when nothing of it is left. Idempotent."""
         if self._channel.fileno() < 0:
@@ -217,7 +221,12 @@ class Servers:
         self._made: list[RankProcess] = []
 
     def make(
-        self, role: str, *, port: int = 0, settings: dict[str, object] | None = None, **options: Any  # noqa: ANN401 - Options'
+        self,
+        role: str,
+        *,
+        port: int = 0,
+        settings: dict[str, object] | None = None,
+        **options: Any,  # noqa: ANN401 - Options'
     ) -> Server:
         """Start a server; prefill's ranks are registered when this returns."""
         port = port or free_port()

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("theirs", "ours", "named"),
     [
-        ({"tp": 2}, {}, ("tensor-parallel size", "2", "1")),
-        ({"page_size": 8}, {}, ("page_size", "8", "4")),
-        ({"dtype": "fp8_e4m3"}, {"dtype": "bf16"}, ("dtype", "fp8_e4m3", "bf16")),
-        ({"kv_layout": "nhd"}, {"kv_layout": "hnd"}, ("layout", "nhd", "hnd")),
-        ({"kv_layout": "hnd"}, {}, ("order", "hnd", "nhd")),
-        ({"model": "other"}, {}, ("model", "other", "tiny")),
-        ({"mla": True}, {}, ("kind", "mla", "full")),
-        ({"layers": 4}, {}, ("model_digest",)),
+        ({"tp": 2}, {}, ("tensor-parallel size is 2, ours is 1",)),
+        ({"page_size": 8}, {}, ("page_size=8", "page_size=4")),
+        ({"dtype": "fp8_e4m3"}, {"dtype": "bf16"}, ("dtype=fp8_e4m3", "dtype=bf16")),
+        ({"kv_layout": "nhd"}, {"kv_layout": "hnd"}, ("kv_layout=nhd", "kv_layout=hnd")),
+        # Only one of them names its layout: SGLang lets that pass.
+        ({"kv_layout": "hnd"}, {}, ("prefill has 'sglang/hnd', decode has 'sglang/nhd'",)),
+        ({"model": "other"}, {}, ("prefill has 'other-2', decode has 'tiny-2'", "model_digest")),
+        ({"mla": True}, {}, ("prefill has 'mla', decode has 'full'",)),
     ],
 )
 def test_what_does_not_fit_is_refused_naming_both_values(
