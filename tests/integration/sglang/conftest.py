@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "restarts: kills servers and starts others; runs last")
+    config.addinivalue_line("markers", "restarts: kills a server and starts another; runs late")
+    config.addinivalue_line("markers", "leaves_none: kills a server for good; runs last")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that restart come last: the others shall meet the servers of the session's start."""
-    items.sort(key=lambda item: item.get_closest_marker("restarts") is not None)
+    """The other tests shall meet the servers of the session's start."""
+    late = ("leaves_none", "restarts")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in late])
 
 
 @pytest.fixture(scope="session")
