@@ -73,7 +73,8 @@ class MooncakeKVManager(CommonKVManager):
         self._lock = threading.Lock()  # guards _receivers and _draining: other threads come too
         self._receivers: set[MooncakeKVReceiver] = set()
         self._look_ups: dict[str, Future[bool]] = {}
-        self._silent_since: dict[str, float] = {}
+        self._silent_since: dict[str, float] = {}  # bootstrap servers that do not answer
+        self._lost: set[str] = set()  # those whose ranks died: not worth a wait
         # One on prefill: what waits for device events keeps its order.
         prefill = disaggregation_mode is DisaggregationMode.PREFILL
         self._threads = ThreadPoolExecutor(1 if prefill else 4, "mooncake-sglang")
@@ -208,14 +209,15 @@ class MooncakeKVManager(CommonKVManager):
         del self._look_ups[bootstrap_addr]
         if found:
             self._silent_since.pop(bootstrap_addr, None)
+            self._lost.discard(bootstrap_addr)
             return True
         now = time.monotonic()
-        limit = self.config.engine.connect_timeout_s
-        if now - self._silent_since.setdefault(bootstrap_addr, now) >= limit:
-            del self._silent_since[bootstrap_addr]
+        limit = self.config.engine.connect_timeout_s  # it may just be starting
+        silent_s = now - self._silent_since.setdefault(bootstrap_addr, now)
+        if silent_s >= limit or bootstrap_addr in self._lost:
             self._fail_waiting(
                 bootstrap_addr,
-                f"has not answered for {limit:g} s: is it up, and is its "
+                f"has not answered for {silent_s:.0f} s: is it up, and is its "
                 "--disaggregation-bootstrap-port the one that the router sends?",
             )
         return False
@@ -255,6 +257,7 @@ class MooncakeKVManager(CommonKVManager):
                 del self.connection_pool[key]
                 for address in [a for a in self.prefill_info_table if key.startswith(f"{a}_")]:
                     del self.prefill_info_table[address]
+                    self._lost.add(address)
 
     # ---- decode: reads
 
@@ -310,8 +313,13 @@ class MooncakeKVManager(CommonKVManager):
 
     def deregister_buffer_to_engine(self) -> None:
         """Before the KV pool's memory is released: nothing of ours touches it afterwards."""
+        reason = "the server released its KV cache's memory"
+        with self._lock:
+            receivers = list(self._receivers)
+        for receiver in receivers:  # else a drained read would count as one that arrived
+            receiver.fail(reason)
         if self._role is DisaggregationMode.PREFILL:
-            self.node.prefill.end_all("the server released its KV cache's memory")
+            self.node.prefill.end_all(reason)
         elif not self.node.drain(_DRAIN_S):
             raise ConnectorError(f"a read into the KV cache did not end within {_DRAIN_S:g} s")
         for address, _, _ in memory_of(self.kv_args):
