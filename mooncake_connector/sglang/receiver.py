@@ -196,6 +196,11 @@ class MooncakeKVReceiver(CommonKVReceiver):
                 with self._reason_lock:
                     self._reason = f"no prefill stage holds {', '.join(sorted(missing)[:3])}"
 
+    def fail(self, reason: str) -> None:
+        """Fail with this reason even if all has arrived. Any thread; reads are not stopped."""
+        with self._reason_lock:
+            self._reason = self._reason or reason
+
     def fail_unless_reading(self, reason: str) -> None:
         """Fail with this reason; a running read fails with its own. Any thread."""
         with self._reason_lock:
