@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -86,25 +87,27 @@ class Rank:
         self.faults = self.manager.faults
         self.faults.slice_bytes = PAGE_BYTES  # so that a read is as many moves as it has pages
         self.requests: dict[str, Offer | Want] = {}
+        self.paused = False
         self.address = f"127.0.0.1:{options.port}"
 
     def turn(self) -> None:
-        for request in list(self.requests.values()):
-            request.turn()
+        if not self.paused:
+            for request in list(self.requests.values()):
+                request.turn()
 
     # ---- commands, their arguments as JSON gave them
 
-    def offer(self, name: str, room: int, **how: Any) -> None:
+    def offer(self, name: str, room: int, **how: Any) -> None:  # noqa: ANN401 - JSON
         address = how.pop("address", self.address)
         self.requests[name] = Offer(self.manager, address, room, **how)
 
-    def want(self, name: str, room: int, address: str, **how: Any) -> None:
+    def want(self, name: str, room: int, address: str, **how: Any) -> None:  # noqa: ANN401 - JSON
         self.requests[name] = Want(self.manager, address, room, **how)
 
-    def allocate(self, name: str, **what: Any) -> None:
+    def allocate(self, name: str, **what: Any) -> None:  # noqa: ANN401 - JSON
         self.requests[name].allocate(**what)  # type: ignore[union-attr]  # a test's mistake shows
 
-    def send(self, name: str, count: int, **how: Any) -> None:
+    def send(self, name: str, count: int, **how: Any) -> None:  # noqa: ANN401 - JSON
         self.requests[name].send(count, **how)  # type: ignore[union-attr]  # ditto
 
     def fire(self, name: str) -> None:
@@ -116,6 +119,14 @@ class Rank:
         """Does a thread wait for the event behind which pages were sent?"""
         event = self.requests[name].event  # type: ignore[union-attr]  # ditto
         return event is not None and event.waited_for.is_set()
+
+    def pause(self, *, paused: bool) -> None:
+        """Like a scheduler that is busy with something else."""
+        self.paused = paused
+
+    def unseen_ends(self) -> int:
+        """Reads that ended and that the scheduler was not told of yet."""
+        return len(self.manager.node._decode._results.received)
 
     def statuses(self, name: str) -> list[str]:
         return self.requests[name].statuses
@@ -224,21 +235,13 @@ class Bootstrap:
 
 
 def live(channel: socket.socket, make: Callable[[], Rank | Bootstrap]) -> None:
-    """Obey until the other end is gone. An error is an answer, too."""
-    text, one = b"", None
+    """Obey until the other end is gone; the first answer says whether it was made."""
+    made: list[Rank | Bootstrap] = []
+    channel.sendall(reply_of(lambda: made.append(make())))
+    if not made:
+        return
+    [one], text = made, b""
     while True:
-        try:
-            if one is None:
-                one, answer = make(), None
-            else:
-                name, args, named = json.loads(line)
-                answer = getattr(one, name)(*args, **named)
-            reply = {"answer": answer}
-        except Exception as exc:
-            reply = {"error": f"{type(exc).__name__}: {exc}", "trace": traceback.format_exc()}
-        channel.sendall(json.dumps(reply).encode() + b"\n")
-        if one is None:
-            return
         while b"\n" not in text:
             while not select.select([channel], [], [], TURN_S)[0]:
                 one.turn()
@@ -248,6 +251,17 @@ def live(channel: socket.socket, make: Callable[[], Rank | Bootstrap]) -> None:
                 return
             text += more
         line, _, text = text.partition(b"\n")
+        name, args, named = json.loads(line)
+        channel.sendall(reply_of(functools.partial(getattr(one, name), *args, **named)))
+
+
+def reply_of(call: Callable[[], object]) -> bytes:
+    """A line with what it returned, or why it could not."""
+    try:
+        reply = {"answer": call()}
+    except Exception as exc:  # noqa: BLE001 - the test shall see whatever it is
+        reply = {"error": f"{type(exc).__name__}: {exc}", "trace": traceback.format_exc()}
+    return json.dumps(reply).encode() + b"\n"
 
 
 def child(where: str, options: Options) -> None:
@@ -260,7 +274,7 @@ def child(where: str, options: Options) -> None:
             kind = Bootstrap if options.role == "bootstrap" else Rank
             live(channel, lambda: kind(options))
         code = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - this fork must not go on as the process it came from
         traceback.print_exc()
     finally:
         os._exit(code)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang_flow import OWN, OWN_ROW, THEIR_ROW, THEIRS, begin, finish
-from sglang_ranks import RankProcess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sglang_ranks import Servers
+    from sglang_ranks import RankProcess, Servers
 
 
 def together(ranks: Sequence[RankProcess], pages: Sequence[int]) -> dict[str, str]:
@@ -72,7 +71,7 @@ def test_a_group_chosen_otherwise_is_asked_for(servers: Servers) -> None:
 def test_a_group_that_the_room_does_not_name_is_refused(servers: Servers) -> None:
     """SGLang fails such a request when its sender is made; ours is none, then."""
     prefill = servers.make("prefill", dp=2)
-    rank: RankProcess = prefill.ranks[1]
+    rank = prefill.ranks[1]
     rank.ask("offer", "r", 8, pages=THEIRS, aux=THEIR_ROW)
     rank.await_status("r", "Failed")
     assert "implies dp_rank 0" in rank.ask("fail", "r")["reason"]
