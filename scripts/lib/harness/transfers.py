@@ -51,12 +51,18 @@ class Transfers(msgspec.Struct, frozen=True):
 
     @classmethod
     def gained(cls, url: str, before: Self, *, requests: int = 1, within_s: float) -> Transfers:
-        """What happened since `before`, once `requests` more are counted or `within_s` are over."""
+        """What happened since `before`, once `requests` more are counted or `within_s` are over.
+
+        Counted is what two looks agree on: SGLang reads a file per kind of metric, one after the
+        other, while another process writes them.
+        """
         deadline = time.monotonic() + within_s
+        last = None
         while True:
             moved = cls.of(url).since(before)
-            if moved.requests >= requests or time.monotonic() >= deadline:
+            if (moved.requests >= requests and moved == last) or time.monotonic() >= deadline:
                 return moved
+            last = moved
             time.sleep(LOOK_S)
 
     def since(self, before: Transfers) -> Transfers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from harness.completions import generate, post
 from harness.sglang import CHUNK_TOKENS
 from harness.transfers import Transfers
 from sglang_requests import ask, both, send
-from sglang_stage import PAGE, PAGE_BYTES, REPLY_S
+from sglang_stage import PAGE, PAGE_BYTES, REPLY_S, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,21 @@ pytestmark = pytest.mark.integration
 both_paths = pytest.mark.parametrize("path", ["tcp", "shm"])
 
 ROW_BYTES = 1600  # of metadata that comes behind each request's pages, whatever its length
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_uncounted(session_stage: Stage) -> None:
+    """A node tells each second what it counted: what earlier tests moved shall not be in ours."""
+    begin, last = time.monotonic(), Transfers.of(session_stage.decode.url)
+
+    def steady() -> bool:
+        nonlocal begin, last
+        now = Transfers.of(session_stage.decode.url)
+        if now != last:
+            begin, last = time.monotonic(), now
+        return time.monotonic() - begin > 3
+
+    until(steady, REPLY_S, "no count changes any more")
 
 
 def pages(tokens: int) -> int:
@@ -127,6 +143,7 @@ def test_fifty_random_prompts_give_the_aggregated_servers_tokens(
         functools.partial(both, stage, path="tcp"),
         functools.partial(both, stage, path="shm"),
     ]
+    before = Transfers.of(stage.decode.url)
     with ThreadPoolExecutor(3) as threads:
         got = threads.map(lambda ids: choose.choice(ways)(ids), prompts)
         wrong = [
@@ -135,6 +152,8 @@ def test_fifty_random_prompts_give_the_aggregated_servers_tokens(
             if tokens != ask(stage.aggregated, ids)
         ]
     assert wrong == [], "lengths of the prompts that were answered otherwise"
+    read = Transfers.gained(stage.decode.url, before, requests=50, within_s=COUNTED_WITHIN_S)
+    assert set(read.paths) == {"tcp", "shm"}
 
 
 def test_an_answer_over_several_pages_is_right_to_its_end(

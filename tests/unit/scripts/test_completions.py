@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
-from harness.completions import CompletionFailed, complete, token_prompt
+from harness.completions import CompletionFailed, complete, generate, token_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +46,11 @@ def server() -> Iterator[str]:
 
 def chunk(*tokens: int, end: str | None = None) -> Event:
     return {"choices": [{"token_ids": list(tokens), "finish_reason": end}]}
+
+
+def event(*tokens: int, end: Event | None = None) -> Event:
+    """One of SGLang's: all tokens so far."""
+    return {"output_ids": list(tokens), "meta_info": {"finish_reason": end}}
 
 
 def test_the_tokens_of_all_chunks_come_in_order(server: str) -> None:
@@ -93,3 +98,36 @@ def test_a_prompt_is_the_same_in_every_run_and_another_for_another_seed() -> Non
     assert token_prompt(65, seed=1)[:64] == token_prompt(64, seed=1)
     assert token_prompt(64, seed=1) != token_prompt(64, seed=2)
     assert len(token_prompt(500, seed=3)) == 500
+
+
+def test_a_generation_has_each_token_once_though_every_event_has_all_of_them(server: str) -> None:
+    Handler.answer = [event(5), event(5, 6, 7), event(5, 6, 7, 8, end={"type": "length"})]
+    reply = generate(server, [1, 2, 3], max_tokens=4)
+    assert reply.tokens == (5, 6, 7, 8)
+    assert reply.finish_reason == "length"
+    assert reply.itl_s > 0
+    [asked] = Handler.asked
+    assert asked["input_ids"] == [1, 2, 3]
+    assert asked["sampling_params"]["max_new_tokens"] == 4
+    assert asked["sampling_params"]["temperature"] == 0
+
+
+def test_sampling_parameters_and_fields_of_a_generation_win_over_ours(server: str) -> None:
+    Handler.answer = [event(5, end={"type": "stop"})]
+    generate(server, [1], sampling={"ignore_eos": False}, bootstrap_room=7)
+    [asked] = Handler.asked
+    assert asked["sampling_params"]["ignore_eos"] is False
+    assert asked["bootstrap_room"] == 7
+
+
+def test_a_generation_that_the_server_aborts_is_raised_with_its_reason(server: str) -> None:
+    end = {"type": "abort", "message": "prefill is gone", "status_code": 500}
+    Handler.answer = [event(5), event(5, end=end)]
+    with pytest.raises(CompletionFailed, match="prefill is gone"):
+        generate(server, [1])
+
+
+def test_a_generation_that_breaks_off_is_none(server: str) -> None:
+    Handler.answer = [event(5), event(5, 6)]
+    with pytest.raises(CompletionFailed, match="after 2 tokens, unfinished"):
+        generate(server, [1])

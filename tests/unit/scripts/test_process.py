@@ -48,6 +48,14 @@ def all_ended(group: list[int]) -> bool:
     return True
 
 
+def test_the_end_of_a_log_is_shown_without_colours(tmp_path: Path) -> None:
+    shown = r"\x1b[32mINFO\x1b[0m \x1b[1;3mready\x1b[0m"
+    program = f"import signal; print('{shown}', flush=True); signal.pause()"
+    with start(tmp_path, program) as child:
+        child.wait_until(lambda: child.log.read_text().endswith("\n"), timeout_s=30)
+        assert child.tail() == "INFO ready"
+
+
 def test_a_server_that_dies_while_starting_shows_the_end_of_its_log(tmp_path: Path) -> None:
     child = start(tmp_path, "import sys; print('no such model'); sys.exit(3)", "prefill")
     with child, pytest.raises(ServerFailed) as caught:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from harness.transfers import Transfers
+import threading
+
+from harness.transfers import LOOK_S, Transfers
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 
 
@@ -39,3 +41,29 @@ def test_transfers_are_what_metrics_gained_between_two_looks() -> None:
 def test_a_request_that_moved_nothing_names_no_path() -> None:
     nothing = Transfers(requests=3, nbytes=10, seconds=1.0, paths={"tcp": 2})
     assert nothing.since(nothing).path == "-"
+
+
+def test_what_is_counted_later_than_its_reply_is_waited_for() -> None:
+    registry = CollectorRegistry()
+    requests = Counter("mooncake_connector:requests", "r", registry=registry)
+    nbytes = Histogram("mooncake_connector:transfer_bytes", "b", registry=registry)
+    server, thread = start_http_server(0, "127.0.0.1", registry)
+    url = f"http://127.0.0.1:{server.server_port}"
+
+    def count() -> None:
+        requests.inc()
+        nbytes.observe(64)
+
+    later = threading.Timer(3 * LOOK_S, count)
+    try:
+        before = Transfers.of(url)
+        later.start()
+        moved = Transfers.gained(url, before, within_s=30)
+        assert (moved.requests, moved.nbytes) == (1, 64)
+        assert Transfers.gained(url, before, requests=2, within_s=2 * LOOK_S) == moved
+    finally:
+        later.cancel()
+        later.join()
+        server.shutdown()
+        server.server_close()
+        thread.join()
