@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from node_stage import until
-from sglang_flow import KEPT, OWN, OWN_ROW, THEIR_ROW, THEIRS, begin, transfer
+from sglang_flow import KEPT, OWN, OWN_ROW, THEIR_ROW, THEIRS, begin, finish, transfer
 
 if TYPE_CHECKING:
     from sglang_ranks import RankProcess, Server, Servers
@@ -86,6 +86,17 @@ def test_a_prefill_that_starts_over_on_its_port_serves_at_once(servers: Servers)
     again = servers.make("prefill", port=prefill.port, seed=5)
     transfer(again, decode, "next", 7)
     decode.assert_nothing_is_left()
+
+
+def test_a_prefill_that_starts_over_with_more_ranks_is_looked_at_anew(servers: Servers) -> None:
+    """Else its new ranks would wait for a reader that nobody sends to them."""
+    prefill, decode = servers.make("prefill", mla=True), servers.make("decode", mla=True)
+    transfer(prefill, decode)
+    prefill.kill()
+    again = servers.make("prefill", port=prefill.port, tp=2, mla=True, seed=5)
+    begin(again.ranks, decode.ranks, again.address, "next", 8)
+    finish(again.ranks, decode.ranks, "next")
+    assert decode.each("digests", OWN, []) == again.each("digests", THEIRS, [])[:1]
 
 
 def test_a_stopped_decode_that_goes_on_is_served_again(servers: Servers) -> None:
