@@ -37,7 +37,10 @@ class Cache:
             for n in range(first, end)
         }
         self.states = [
-            {f"{kind} {n}": np.zeros((STATE_ROWS, STATE_BYTES), np.uint8) for n in range(first, end)}
+            {
+                f"{kind} {n}": np.zeros((STATE_ROWS, STATE_BYTES), np.uint8)
+                for n in range(first, end)
+            }
             for kind in options.states
         ]
         self.aux = {f"aux {n}": np.zeros((AUX_ROWS, AUX_BYTES), np.uint8) for n in range(2)}
@@ -76,9 +79,7 @@ class Cache:
         args.swa_kv_cache_layout = None
         for kind, component in zip(options.states, self.states, strict=True):
             layers = [int(name.split()[1]) for name in component]
-            append_state_component(
-                args, StateType(kind), *_infos(component), layer_ids=layers
-            )
+            append_state_component(args, StateType(kind), *_infos(component), layer_ids=layers)
         args.ib_device = get_disagg().disaggregation_ib_device
         args.gpu_id = 0
         return args
