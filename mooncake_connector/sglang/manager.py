@@ -32,6 +32,7 @@ from mooncake_connector.sglang import metrics, register, settings
 from mooncake_connector.sglang.cache import describe, memory_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from sglang.srt.disaggregation.base.conn import KVArgs
@@ -172,13 +173,22 @@ class MooncakeKVManager(CommonKVManager):
         if self.is_mla_backend:
             self._kv_replica_factor = readers
 
-    def call_behind(self, events: list[Any], call: Any) -> Future[None]:  # noqa: ANN401 - device events, a function
-        """Call once all device events have fired, in the order of these calls, on a thread."""
+    def call_behind(
+        self, events: list[Any], call: Callable[[], None], otherwise: Callable[[str], None]
+    ) -> Future[None]:
+        """Call once all device events have fired, in the order of these calls, on a thread.
+
+        `otherwise` is called instead, with the reason, when an event reports an error.
+        """
 
         def wait() -> None:
-            for event in events:
-                event.synchronize()
-            call()
+            try:
+                for event in events:
+                    event.synchronize()
+            except Exception as exc:  # noqa: BLE001 - the device's errors have no common base
+                otherwise(f"the forward pass failed on the device: {exc}")
+            else:
+                call()
 
         return self._threads.submit(wait)
 

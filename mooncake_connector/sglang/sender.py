@@ -109,7 +109,9 @@ class MooncakeKVSender(CommonKVSender):
         events = [e for e in (self._early_send_wait_event, indices_event) if e is not None]
         self._early_send_wait_event = None
         if events or (self._named is not None and not self._named.done()):
-            self._named = self.kv_mgr.call_behind(events, lambda: self._name(runs, last=last))
+            self._named = self.kv_mgr.call_behind(
+                events, lambda: self._name(runs, last=last), self._end
+            )
         else:
             self._name(runs, last=last)
 
@@ -119,6 +121,11 @@ class MooncakeKVSender(CommonKVSender):
         prefill.pages_ready(room, runs, last=last, of=self._hold)
         if last:
             prefill.hold(room, "", of=self._hold)
+
+    def _end(self, reason: str) -> None:
+        """On return no verdict on these pages can be `held` any more."""
+        room = str(self.bootstrap_room)
+        self.kv_mgr.node.prefill.end(room, reason, retry=False, of=self._hold)
 
     @override
     def failure_exception(self) -> None:
@@ -150,10 +157,7 @@ class MooncakeKVSender(CommonKVSender):
         if not self._owns_room:
             return
         if self._hold is not None:
-            reason = self._reason or "the request is over on prefill"
-            self.kv_mgr.node.prefill.end(
-                str(self.bootstrap_room), reason, retry=False, of=self._hold
-            )
+            self._end(self._reason or "the request is over on prefill")
         super().clear()
         self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         self._owns_room = False

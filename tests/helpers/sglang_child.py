@@ -110,9 +110,10 @@ class Rank:
     def send(self, name: str, count: int, **how: Any) -> None:  # noqa: ANN401 - JSON
         self.requests[name].send(count, **how)  # type: ignore[union-attr]  # ditto
 
-    def fire(self, name: str) -> None:
+    def fire(self, name: str, error: str = "") -> None:
         event = self.requests[name].event  # type: ignore[union-attr]  # ditto
         assert event is not None
+        event.error = error
         event.fired.set()
 
     def waited_for(self, name: str) -> bool:

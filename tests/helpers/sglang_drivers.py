@@ -31,10 +31,13 @@ class HostEvent:
     def __init__(self) -> None:
         self.fired = threading.Event()
         self.waited_for = threading.Event()
+        self.error = ""  # what the device reports instead of having run
 
     def synchronize(self) -> None:
         self.waited_for.set()
         assert self.fired.wait(60), "the test forgot this event"
+        if self.error:
+            raise RuntimeError(self.error)
 
 
 class _Request:

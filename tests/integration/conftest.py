@@ -1,4 +1,7 @@
-"""What tests on real servers need from `scripts/test`, which makes the model and names folders."""
+"""What tests on real servers share: the model they serve, and where their logs go.
+
+`scripts/test` names both folders; without it they are temporary, and the model is made anew.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,16 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def model() -> Path:
-    """Folder of the tiny model."""
-    return _folder("MOONCAKE_TEST_MODEL")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny model, which need not exist."""
+    named = os.environ.get("MOONCAKE_TEST_MODEL")
+    return Path(named) if named else tmp_path_factory.getbasetemp() / "tiny"
 
 
 @pytest.fixture(scope="session")
-def logs() -> Path:
-    """Folder for the servers' logs; kept after the run."""
-    folder = _folder("MOONCAKE_TEST_LOGS")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for the servers' logs; kept after the run when it was named."""
+    named = os.environ.get("MOONCAKE_TEST_LOGS")
+    folder = Path(named) if named else tmp_path_factory.mktemp("logs")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _folder(variable: str) -> Path:
-    value = os.environ.get(variable)
-    if not value:
-        pytest.fail(f"{variable} is not set; run these tests by `scripts/test integration`")
-    return Path(value)

@@ -31,16 +31,16 @@ PROMPTS, AT_ONCE = 200, 8
 
 
 def test_a_bootstrap_port_that_is_taken_ends_the_server_and_is_named(
-    folder: Path, model: Path
+    logs: Path, model: Path
 ) -> None:
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
-        said = refused(folder / "taken", model, "prefill", bootstrap_port=port)
+        said = refused(logs / "taken", model, "prefill", bootstrap_port=port)
     assert f"cannot listen on {HOST}:{port}: the port is taken" in said
 
 
-def test_two_tokenizer_workers_are_refused_with_the_reason(folder: Path, model: Path) -> None:
-    said = refused(folder / "workers", model, "decode", flags=("--tokenizer-worker-num", "2"))
+def test_two_tokenizer_workers_are_refused_with_the_reason(logs: Path, model: Path) -> None:
+    said = refused(logs / "workers", model, "decode", flags=("--tokenizer-worker-num", "2"))
     assert "--tokenizer-worker-num is above 1" in said
 
 
@@ -53,10 +53,10 @@ def refused(logs: Path, model: Path, role: Role, **how: Any) -> str:  # noqa: AN
         return server.log.read_text()
 
 
-def test_a_prefix_that_decode_has_is_not_moved_again(folder: Path, model: Path) -> None:
+def test_a_prefix_that_decode_has_is_not_moved_again(logs: Path, model: Path) -> None:
     """Here ranks register over HTTP: the other servers have an etcd."""
     flags = {"decode": ("--disaggregation-decode-enable-radix-cache",)}
-    with sglang_stage.opened(folder / "radix", model, with_etcd=False, **flags) as stage:
+    with sglang_stage.opened(logs / "radix", model, with_etcd=False, **flags) as stage:
         shared = stage.prompt(8 * PAGE)
         for own, fresh in ((200, 12), (100, 2), (64, 1), (300, 5)):
             ids = shared + stage.prompt(own)

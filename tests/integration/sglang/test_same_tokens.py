@@ -183,10 +183,10 @@ def test_a_chat_through_the_router_reads_as_from_the_aggregated_server(stage: St
 
 
 def test_sglangs_own_benchmark_runs_against_the_router(
-    stage: Stage, folder: Path, model: Path
+    stage: Stage, logs: Path, model: Path
 ) -> None:
     before = Transfers.of(stage.decode.url)
-    figures = sglang_benchmark.run(stage.router.url, "test", folder, model, disaggregated=True)
+    figures = sglang_benchmark.run(stage.router.url, "test", logs, model, disaggregated=True)
     assert set(figures) == set(sglang_benchmark.FIGURES)
     assert all(value > 0 for value in figures.values())
     sent = sglang_benchmark.PROMPTS

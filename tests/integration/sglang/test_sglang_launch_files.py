@@ -28,7 +28,7 @@ FILES = Path(__file__).parents[3] / "examples" / "sglang_1p1d"
 @pytest.mark.nightly  # two more servers than every change can afford
 @pytest.mark.parametrize("registry", ["etcd", "http"])
 def test_the_launch_files_make_a_working_pair(
-    registry: str, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    registry: str, model: Path, logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     monkeypatch.setenv("MODEL", str(model))
@@ -36,7 +36,7 @@ def test_the_launch_files_make_a_working_pair(
     monkeypatch.setenv("BOOTSTRAP_PORT", str(free_port()))
     for name, value in SGLANG_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    with SGLangServers(folder / f"launch-files-{registry}", model) as servers:
+    with SGLangServers(logs / f"launch-files-{registry}", model) as servers:
         if registry == "etcd":
             monkeypatch.setenv("ETCD", servers.etcd())
 

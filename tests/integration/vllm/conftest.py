@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +10,7 @@ import vllm_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from harness.servers import Server
     from vllm_stage import Stage
@@ -27,24 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the servers' logs go."""
-    named = os.environ.get("MOONCAKE_TEST_LOGS")
-    return Path(named) if named else tmp_path_factory.mktemp("logs")
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny model, which need not exist."""
+def session_stage(logs: Path, model: Path) -> Iterator[Stage]:
     if importlib.util.find_spec("vllm") is None:
         pytest.fail("vLLM is not installed here; run these tests by `scripts/test integration`")
-    named = os.environ.get("MOONCAKE_TEST_MODEL")
-    return Path(named) if named else tmp_path_factory.getbasetemp() / "tiny"
-
-
-@pytest.fixture(scope="session")
-def session_stage(folder: Path, model: Path) -> Iterator[Stage]:
-    with vllm_stage.opened(folder, model) as stage:
+    with vllm_stage.opened(logs, model) as stage:
         yield stage
 
 

@@ -20,10 +20,9 @@ NOISE = 10.0  # on a machine that does other things too
 
 
 def test_a_set_of_hooks_with_nothing_to_do_costs_microseconds(
-    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, logs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "hook_cost.log").open("wb") as log:
+    with (logs / "hook_cost.log").open("wb") as log:
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name("hook_cost.py"), made(model)],
             env={**os.environ, **VLLM_ENVIRONMENT},

@@ -19,11 +19,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.nightly]
 ROUNDS = 20  # each preempts with a chance of about one half
 
 
-def test_a_prefill_that_is_preempted_is_read_anew(folder: Path, model: Path) -> None:
+def test_a_prefill_that_is_preempted_is_read_anew(logs: Path, model: Path) -> None:
     """Answers that prefill writes itself grow until the prompt behind them loses its pages."""
     small = {"prefill": ("--kv-cache-memory-bytes", str(40 * PAGE_BYTES))}
     small["prefill"] += ("--max-num-batched-tokens", "64")  # the last one counts
-    with vllm_stage.opened(folder / "preempted", model, **small) as stage:
+    with vllm_stage.opened(logs / "preempted", model, **small) as stage:
         for number in range(ROUNDS):
             growing = [stage.prompt(150 + 9 * i, "growing") for i in range(6)]
             asked = stage.prompt(1200, "asked")
@@ -45,10 +45,10 @@ def test_a_prefill_that_is_preempted_is_read_anew(folder: Path, model: Path) -> 
         assert "prefill preempted it" in stage.decode.log.read_text()
 
 
-def test_two_ranks_a_side_move_their_own_halves(folder: Path, model: Path) -> None:
+def test_two_ranks_a_side_move_their_own_halves(logs: Path, model: Path) -> None:
     """Rank r reads from rank r; each holds one of the two KV heads."""
     two = ("--tensor-parallel-size", "2")
-    with vllm_stage.opened(folder / "two-ranks", model, prefill=two, decode=two) as stage:
+    with vllm_stage.opened(logs / "two-ranks", model, prefill=two, decode=two) as stage:
         for way in (prefill_first, both_at_once):
             for length in (1, 64, 65, 500, 1000):
                 ids = stage.prompt(length)

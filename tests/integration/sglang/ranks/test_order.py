@@ -123,6 +123,21 @@ def test_pages_behind_a_device_event_are_not_named_before_it_fired(servers: Serv
     assert decode.each("digests", OWN, []) == prefill.each("digests", THEIRS, [])
 
 
+def test_a_forward_pass_that_failed_on_the_device_fails_the_request(servers: Servers) -> None:
+    prefill, decode = servers.make("prefill"), servers.make("decode")
+    [source], [reader] = prefill.ranks, decode.ranks
+    begin(prefill.ranks, decode.ranks, prefill.address, chunks=[])
+    source.await_status("r", "WaitingForInput")
+    source.ask("send", "r", 4, behind_event=True)
+    source.ask("fire", "r", error="an illegal memory access")
+    for rank in (source, reader):
+        rank.await_status("r", "Failed")
+        assert "on the device: an illegal memory access" in rank.ask("fail", "r")["reason"]
+    assert reader.ask("moves") == 0
+    for server in (decode, prefill):
+        server.assert_nothing_is_left()
+
+
 def test_an_event_that_fires_after_an_abort_names_nothing(servers: Servers) -> None:
     """The room is another request's by then, and the pages too."""
     prefill, decode = servers.make("prefill"), servers.make("decode")
