@@ -179,9 +179,9 @@ class DecodeSide:
             fetch.deadline = float("inf")  # what is left is bounded by the engine's time-out
 
     async def drain(self) -> None:
-        """Give up every fetch; returns when no own read touches our pages any more."""
+        """Fail every fetch; returns when no own read touches our pages any more."""
         for fetch in list(self._fetches.values()):
-            self._apply(fetch, FetchEvent.ABORT)
+            self._fail(fetch, FetchEvent.GIVE_UP, "drained", "the KV cache's memory is taken away")
         await self.close()
 
     async def close(self) -> None:

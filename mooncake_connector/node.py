@@ -161,7 +161,7 @@ class Node:
         return self._peers.spec_of(peer)
 
     def drain(self, timeout_s: float) -> bool:
-        """Give up every fetch; True when no own read touches our pages any more. Blocks."""
+        """Fail every fetch; True when no own read touches our pages any more. Blocks."""
         draining = asyncio.run_coroutine_threadsafe(self._decode.drain(), self._loop)
         try:
             draining.result(timeout_s)
