@@ -28,7 +28,7 @@ def run(url: str, name: str, logs: Path, model: Path, *, disaggregated: bool) ->
     """One run against the server or router at `url`; `FIGURES` by their names.
 
     Raises:
-        ServerFailed: It ended badly, or one of its requests did; its log is named.
+        ServerFailed: It or one of its requests ended badly, or took 600 s; its log is named.
     """
     result, log = logs / f"bench-{name}.jsonl", logs / f"bench-{name}.log"
     result.unlink(missing_ok=True)  # it appends
@@ -42,7 +42,12 @@ def run(url: str, name: str, logs: Path, model: Path, *, disaggregated: bool) ->
     if disaggregated:
         command.append("--pd-separated")
     with log.open("wb") as output:
-        done = subprocess.run(command, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False)
+        try:
+            done = subprocess.run(
+                command, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as late:
+            raise ServerFailed(f"sglang.bench_serving took {TIMEOUT_S:.0f} s; see {log}") from late
     if done.returncode:
         raise ServerFailed(f"sglang.bench_serving ended with status {done.returncode}; see {log}")
     figures = json.loads(result.read_text())
