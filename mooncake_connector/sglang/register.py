@@ -136,8 +136,6 @@ def _receiver_made(
     req: Req,
     is_rebootstrap: bool = False,
 ) -> None:
-    from sglang.srt.runtime_context import get_disagg
-
     from mooncake_connector.sglang.receiver import MooncakeKVReceiver
 
     receiver = made.kv_receiver
@@ -152,7 +150,7 @@ def _receiver_made(
         _key(req, queue.scheduler, rebootstrap=is_rebootstrap), protocol=test.get("protocol", "")
     )
     needed, capacity = queue._prealloc_required_tokens(req)[0], queue.max_total_num_tokens  # noqa: SLF001 - SGLang would wait for ever
-    if needed > capacity and not get_disagg().disaggregation_decode_enable_radix_cache:
+    if needed > capacity:  # also with a prefix in decode's own cache: that is in the same pool
         receiver.refuse(
             f"decode has {capacity} tokens of KV cache, this prompt needs {needed} with "
             f"{queue.num_reserved_decode_tokens} reserved (--num-reserved-decode-tokens)"

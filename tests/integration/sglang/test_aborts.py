@@ -154,8 +154,8 @@ def test_decode_gives_up_a_prefill_that_never_comes(
 def test_a_client_that_leaves_the_router_ends_both_legs(
     stage: Stage, prompt: Callable[[int], list[int]]
 ) -> None:
-    for length in (7000, 700, 65):
-        with Client(stage.router, prompt(length), stream=True, **moved(delay_s=SLOW_S)):
+    for length in (7000, 5000):  # seconds of prefill; the router hands no slowing down on
+        with Client(stage.router, prompt(length), stream=True):
             until(lambda: load(stage.decode)["transfer"] == 1, IDLE_S, "decode reads")
         until(lambda: load(stage.decode)["waiting"] == 0, ENDS_S, "decode gave it up")
         until(lambda: load(stage.prefill)["waiting"] == 0, ENDS_S, "prefill gave it up")
