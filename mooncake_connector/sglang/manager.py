@@ -74,8 +74,8 @@ class MooncakeKVManager(CommonKVManager):
         self._lock = threading.Lock()  # guards _receivers and _draining: other threads come too
         self._receivers: set[MooncakeKVReceiver] = set()
         self._look_ups: dict[str, Future[bool]] = {}
-        self._silent_since: dict[str, float] = {}  # bootstrap servers that do not answer
-        self._lost: set[str] = set()  # those whose ranks died: not worth a wait
+        # Bootstrap servers that do not answer: (since when, last asked).
+        self._silent: dict[str, tuple[float, float]] = {}
         # One on prefill: what waits for device events keeps its order.
         prefill = disaggregation_mode is DisaggregationMode.PREFILL
         self._threads = ThreadPoolExecutor(1 if prefill else 4, "mooncake-sglang")
@@ -218,13 +218,17 @@ class MooncakeKVManager(CommonKVManager):
             return False
         del self._look_ups[bootstrap_addr]
         if found:
-            self._silent_since.pop(bootstrap_addr, None)
-            self._lost.discard(bootstrap_addr)
+            self._silent.pop(bootstrap_addr, None)
             return True
         now = time.monotonic()
         limit = self.config.engine.connect_timeout_s  # it may just be starting
-        silent_s = now - self._silent_since.setdefault(bootstrap_addr, now)
-        if silent_s >= limit or bootstrap_addr in self._lost:
+        began, last = self._silent.get(bootstrap_addr, (now, now))
+        if now - last > 3 * limit:  # nobody asked for a while: this begins anew
+            began = now
+        self._silent[bootstrap_addr] = began, now
+        silent_s = now - began
+        if silent_s >= limit:
+            del self._silent[bootstrap_addr]
             self._fail_waiting(
                 bootstrap_addr,
                 f"has not answered for {silent_s:.0f} s: is it up, and is its "
@@ -267,7 +271,6 @@ class MooncakeKVManager(CommonKVManager):
                 del self.connection_pool[key]
                 for address in [a for a in self.prefill_info_table if key.startswith(f"{a}_")]:
                     del self.prefill_info_table[address]
-                    self._lost.add(address)
 
     # ---- decode: reads
 
