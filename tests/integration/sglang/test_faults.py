@@ -5,6 +5,7 @@ Starting a server takes a minute: prefill is started again once, decode not at a
 
 from __future__ import annotations
 
+import http
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness.completions import CompletionFailed
-from harness.servers import HOST
+from harness.servers import HOST, get
 from sglang_requests import ask, both, meeting, moved, refusal, send
 from sglang_stage import IDLE_S, REPLY_S, at_rest, load, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from harness.sglang import SGLangServer
     from sglang_stage import Stage
 
 pytestmark = [pytest.mark.integration, pytest.mark.restarts]
@@ -26,6 +28,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.restarts]
 SLOW_S = 5.0  # per slice of 64 KiB: a page has four, so a prompt outlasts any test
 KILLED_S = 10.0  # one that was killed is dead at once, since its sockets reset
 SILENT_S = 15.0  # one that stands still is dead after 10 s
+
+
+def published(prefill: SGLangServer) -> bool:
+    """Does its bootstrap server know its ranks?"""
+    everything = "prefill_dp_rank=-1&prefill_cp_rank=-1&target_tp_rank=-1&target_pp_rank=-1"
+    url = f"http://{HOST}:{prefill.bootstrap_port}"
+    return get(url, f"/route?{everything}")[0] == http.HTTPStatus.OK
 
 
 def test_a_prefill_that_stands_still_is_given_up_and_taken_back(
@@ -41,8 +50,11 @@ def test_a_prefill_that_stands_still_is_given_up_and_taken_back(
             said = decoding.result(SILENT_S)
         finally:
             stage.prefill.signal(signal.SIGCONT)
-        assert f"prefill {HOST}:" in str(said)
+        # Whichever is noticed first: no heartbeat for 10 s, or a new lane that nobody serves.
+        assert f"{HOST}:" in str(said)
+        assert "it was silent for" in str(said) or "said nothing for" in str(said)
         assert "decode" in str(prefilling.result(SILENT_S))
+    until(lambda: published(stage.prefill), IDLE_S, "its lease ended: it publishes itself again")
     ids = prompt(300)
     assert both(stage, ids) == ask(stage.aggregated, ids)
 
