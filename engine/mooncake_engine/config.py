@@ -58,6 +58,72 @@ class ShmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
 
 
+class RdmaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """NICs with verbs (InfiniBand, RoCE). docs/rdma.md has each field's Mooncake and TENT name."""
+
+    binding: Literal["native", "pyverbs"] = "native"
+    bind_address: str = ""  # of the control socket; empty: `EngineConfig.host`
+    min_port: Port = 15000  # control port is the first free one of the range; 0 in both: any
+    max_port: Port = 17000
+
+    # Which NICs, and which of them for which memory.
+    devices: tuple[str, ...] = ()  # names; empty: all
+    devices_excluded: tuple[str, ...] = ()
+    port: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
+    gid_index: Annotated[int, msgspec.Meta(ge=-1, le=255)] = -1  # -1: chosen by type and family
+    pkey_index: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    topology_file: str = ""  # JSON of a priority matrix, instead of what sysfs tells
+    rail_topology_file: str = ""  # measured pairs of NICs, from `mooncake-connector topology`
+    path_round_robin: bool = False  # deal slices to rails in turn, not in contiguous shares
+    dest_device_affinity: bool = False  # prefer the peer's NIC of the same name
+
+    # One NIC.
+    num_cq: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
+    num_comp_channels: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
+    max_cqe: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4096
+    num_workers: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2  # threads that await completions
+    poll_us: Annotated[int, msgspec.Meta(ge=0, le=50_000)] = 50  # polled before it is slept on
+    max_outstanding: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 4096  # work requests
+
+    # One endpoint: the queue pairs between one of our NICs and one of a peer's.
+    num_qp: Annotated[int, msgspec.Meta(ge=1, le=255)] = 2
+    max_wr: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 256
+    max_chain: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 256  # work requests in one post
+    max_sge: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4
+    max_inline: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 64
+    mtu: Literal[256, 512, 1024, 2048, 4096] = 4096
+    traffic_class: Annotated[int, msgspec.Meta(ge=-1, le=255)] = -1  # -1: 0
+    service_level: Annotated[int, msgspec.Meta(ge=-1, le=15)] = -1  # -1: 0
+    hop_limit: Annotated[int, msgspec.Meta(ge=1, le=255)] = 64
+    flow_label: Annotated[int, msgspec.Meta(ge=0, le=(1 << 20) - 1)] = 0
+    src_path_bits: Annotated[int, msgspec.Meta(ge=0, le=127)] = 0
+    static_rate: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
+    max_rd_atomic: Annotated[int, msgspec.Meta(ge=1, le=255)] = 16  # READs under way, as initiator
+    max_dest_rd_atomic: Annotated[int, msgspec.Meta(ge=1, le=255)] = 16  # and as target
+    min_rnr_timer: Annotated[int, msgspec.Meta(ge=0, le=31)] = 12
+    send_timeout: Annotated[int, msgspec.Meta(ge=1, le=31)] = 14  # 4.096 us * 2**this
+    send_retry_count: Annotated[int, msgspec.Meta(ge=0, le=6)] = 6  # 7 means for ever on some NICs
+    send_rnr_count: Annotated[int, msgspec.Meta(ge=0, le=7)] = 7
+    endpoint_store: Literal["SIEVE", "FIFO"] = "SIEVE"
+    max_endpoints: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 65536
+
+    # One slice: what one work request moves.
+    slice_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 64 << 10
+    fragment_ratio: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4  # a tail < slice/this joins
+    retry_count: Annotated[int, msgspec.Meta(ge=1, le=127)] = 9  # over rails
+    slice_timeout_s: Annotated[int, msgspec.Meta(ge=-1, le=65535)] = -1  # -1: the NIC's alone
+    rail_pause_s: Seconds = 30.0  # a failed rail rests
+    rail_error_threshold: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
+    rail_error_window_s: Seconds = 10.0
+
+    # Memory.
+    relaxed_ordering: Literal[0, 1, 2] = 1  # off, on where there is support, GPU memory only
+    max_mr_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 62)] = 1 << 40
+    parallel_registration: Literal[-1, 0, 1] = -1
+    max_concurrent_registrations: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0  # 0: no limit
+    nvidia_peermem: bool = False  # GPU memory by its kernel module, not by DMA-BUF
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the engine can be told."""
 
@@ -69,3 +135,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     metadata: MetadataConfig = MetadataConfig()
     tcp: TcpConfig = TcpConfig()
     shm: ShmConfig = ShmConfig()
+    rdma: RdmaConfig = RdmaConfig()

@@ -1,0 +1,1 @@
+"""InfiniBand and RoCE by libibverbs; docs/rdma.md."""
