@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 def load(binding: Literal["native", "pyverbs"]) -> Verbs:
     """Load a binding. Raises `VerbsMissing`, which says what to install."""
     if binding == "pyverbs":
-        from mooncake_engine.transport.rdma.verbs.pyverbs import PyVerbs  # noqa: PLC0415 - optional
+        from mooncake_engine.transport.rdma.verbs.pyverbs import PyVerbs
 
         return PyVerbs()
-    from mooncake_engine.transport.rdma.verbs.native import NativeVerbs  # noqa: PLC0415 - ditto
+    from mooncake_engine.transport.rdma.verbs.native import NativeVerbs
 
     return NativeVerbs()

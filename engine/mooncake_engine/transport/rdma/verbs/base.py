@@ -99,7 +99,7 @@ class PortAttributes(NamedTuple):
 class GidEntry(NamedTuple):
     """One row of a port's GID table."""
 
-    index: int
+    gid_index: int
     raw: bytes  # 16
     kind: str  # "ib", "roce_v1" or "roce_v2"
     netdev: str  # empty when unknown
@@ -239,11 +239,11 @@ class QueuePair(abc.ABC):
 
     @abc.abstractmethod
     def query(self) -> dict[str, int]:
-        """ibv_query_qp by its C names: qp_state, path_mtu (bytes), rq_psn, sq_psn, dest_qp_num,
+        """ibv_query_qp, by its C names.
 
-        timeout, retry_cnt, rnr_retry, max_rd_atomic, max_dest_rd_atomic, min_rnr_timer, port_num,
-        pkey_index, traffic_class, sl, hop_limit, flow_label, sgid_index, max_send_wr,
-        max_send_sge, max_inline_data.
+        qp_state, path_mtu (bytes), rq_psn, sq_psn, dest_qp_num, timeout, retry_cnt, rnr_retry,
+        max_rd_atomic, max_dest_rd_atomic, min_rnr_timer, port_num, pkey_index, traffic_class, sl,
+        hop_limit, flow_label, sgid_index, max_send_wr, max_send_sge, max_inline_data.
         """
 
     @abc.abstractmethod
