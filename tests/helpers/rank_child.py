@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from node_stage import SOON, Rank, run
 
 from mooncake_connector.peers import PeerRef
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
@@ -36,9 +38,12 @@ def digest(pages: np.ndarray) -> str:
 class RankProcess:
     """The rank's process as its parent sees it. Leaving the context kills it."""
 
+    script = Path(__file__)  # what it runs, which ends with `serve`
+    patience_s = 2 * SOON  # for one answer
+
     def __init__(self, name: str, **options: Any) -> None:  # noqa: ANN401 - Rank's
         self._process = subprocess.Popen(
-            [sys.executable, __file__, name, json.dumps(options)],
+            [sys.executable, self.script, name, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
@@ -91,7 +96,7 @@ class RankProcess:
 
     def _answer(self) -> Any:  # noqa: ANN401 - JSON
         assert self._process.stdout
-        number, end = self._process.stdout.fileno(), time.monotonic() + 2 * SOON
+        number, end = self._process.stdout.fileno(), time.monotonic() + self.patience_s
         while b"\n" not in self._line:
             left = end - time.monotonic()
             assert left > 0, "the process did not answer"
@@ -136,10 +141,9 @@ def obey(rank: Rank, command: str, *args: Any) -> Any:  # noqa: ANN401 - JSON
     return None
 
 
-def main() -> None:
-    rank = Rank(sys.argv[1], **json.loads(sys.argv[2]))
-    ref = rank.ref
-    answer: Any = {name: getattr(ref, name) for name in ref.__struct_fields__}
+def serve(rank: Any, obey: Callable[..., Any]) -> None:  # noqa: ANN401 - has `ref` and `close`
+    """Say where the rank is, then `obey(rank, command, ...)` until the parent hangs up."""
+    answer: Any = msgspec.to_builtins(rank.ref)
     try:
         while True:
             print(json.dumps(answer), flush=True)
@@ -152,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Rank(sys.argv[1], **json.loads(sys.argv[2])), obey)

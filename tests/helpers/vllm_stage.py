@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from etcd_stage import EtcdServer, wait_until
 from harness.completions import token_prompt
 from harness.servers import Server, Servers, connector, free_port, get
+from kv_recording import FOLDER
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ REPLY_S = 120.0
 #: Until a server that has nothing to do says so: one engine step and one look at its metrics.
 IDLE_S = 20.0
 
-SCRIPTS = Path(__file__).parents[2] / "scripts/lib"
+HELPERS = Path(__file__).parent
+SCRIPTS = HELPERS.parents[1] / "scripts/lib"
+#: The connector itself, but for requests whose KV is to be written down.
+RECORDER = {"kv_connector": "RecordingConnector", "kv_connector_module_path": "kv_recorder"}
 
 
 class Stage:
@@ -39,11 +43,16 @@ class Stage:
     """
 
     def __init__(
-        self, servers: Servers, etcd: EtcdServer, flags: Mapping[str, Sequence[str]] | None = None
+        self,
+        servers: Servers,
+        etcd: EtcdServer,
+        recordings: Path,
+        flags: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """`flags`: more command line by the server's name."""
+        """`recordings`: folder for marked requests; `flags`: more command line by server's name."""
         self.servers = servers
         self.etcd = etcd
+        self.recordings = recordings
         self._flags = flags or {}
         self.bootstrap_port = free_port()
         self.aggregated: Server
@@ -109,7 +118,7 @@ class Stage:
 
     def _transfer(self, role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         common = {"testing": True, "engine.metadata.lease_ttl_s": LEASE_TTL_S}
-        return connector(role, self.etcd.address, common | settings)
+        return connector(role, self.etcd.address, common | settings) | RECORDER
 
     def _vllm(self, name: str, transfer: Mapping[str, Any] | None = None, *flags: str) -> Server:
         number = self._starts[name] = self._starts.get(name, 0) + 1
@@ -117,6 +126,7 @@ class Stage:
             name if number == 1 else f"{name}-{number}",  # of its log
             transfer,
             (*flags, *self._flags.get(name, ())),
+            {"PYTHONPATH": str(HELPERS), FOLDER: str(self.recordings)},
         )
 
 
@@ -128,7 +138,7 @@ def opened(folder: Path, model: Path, **flags: Sequence[str]) -> Iterator[Stage]
     etcd.start()
     try:
         with Servers(folder, made(model)) as servers:
-            stage = Stage(servers, etcd, flags)
+            stage = Stage(servers, etcd, folder / "kv", flags)
             stage.start()
             yield stage
     finally:
