@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from mooncake_engine.errors import LaneError
-from mooncake_engine.transport.tcp import sockets, wire
+from mooncake_engine.transport import sockets
+from mooncake_engine.transport.tcp import wire
 from mooncake_engine.transport.tcp.failures import explain
 from mooncake_engine.transport.tcp.stream import DeadlinePassed, Stream
 from mooncake_engine.types import Status

@@ -7,7 +7,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from mooncake_engine.transport.tcp import sockets, wire
+from mooncake_engine.transport import sockets
+from mooncake_engine.transport.tcp import wire
 from mooncake_engine.transport.tcp.serving import Serving
 from mooncake_engine.transport.tcp.stream import DeadlinePassed, Stream
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mooncake_engine.iovec import IOVEC, Message, address_of, advance
-from mooncake_engine.transport.tcp import sockets
+from mooncake_engine.transport import sockets
 
 if TYPE_CHECKING:
     from collections.abc import Callable

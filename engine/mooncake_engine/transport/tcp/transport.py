@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from mooncake_engine import hosts
 from mooncake_engine.errors import LaneError, PathUnavailable
+from mooncake_engine.transport import sockets
 from mooncake_engine.transport.base import Capabilities, Lane, Link, Transport
-from mooncake_engine.transport.tcp import sockets, wire
+from mooncake_engine.transport.tcp import wire
 from mooncake_engine.transport.tcp.dialer import Dialer
 from mooncake_engine.transport.tcp.lane import TcpLane
 from mooncake_engine.transport.tcp.server import Server

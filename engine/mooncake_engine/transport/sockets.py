@@ -41,23 +41,29 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(micros, 1_000_000)))
 
 
-def listen(host: str, min_port: int, max_port: int) -> socket.socket:
+def listen(host: str, min_port: int, max_port: int, section: str = "tcp") -> socket.socket:
     """Listen on the first free port of the range; 0 and 0 let the kernel choose.
+
+    Args:
+        host: Address or name of this machine.
+        min_port: First of the range.
+        max_port: Last of it.
+        section: Of the settings that these come from, for messages.
 
     Raises:
         PathUnavailable: Naming the address and the range when nothing of it can be used.
     """
     if min_port > max_port or (min_port == 0) != (max_port == 0):
         raise PathUnavailable(
-            f"tcp ports {min_port}-{max_port} are no range; set tcp.min_port <= tcp.max_port, "
-            "or both to 0 for any port"
+            f"ports {min_port}-{max_port} are no range; set {section}.min_port <= "
+            f"{section}.max_port, or both to 0 for any port"
         )
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as unknown:
         raise PathUnavailable(
-            f"cannot resolve tcp bind address {host!r} ({unknown}); set tcp.bind_address to an "
-            "address of this machine"
+            f"cannot resolve the bind address {host!r} ({unknown}); set {section}.bind_address to "
+            "an address of this machine"
         ) from unknown
     family, _, _, _, address = found[0]
     last: OSError | None = None
@@ -77,7 +83,8 @@ def listen(host: str, min_port: int, max_port: int) -> socket.socket:
             return sock
     raise PathUnavailable(
         f"cannot listen on {host}, tcp ports {min_port}-{max_port}: {last}; free or widen "
-        "tcp.min_port..tcp.max_port, or set tcp.bind_address to an address of this machine"
+        f"{section}.min_port..{section}.max_port, or set {section}.bind_address to an address of "
+        "this machine"
     ) from last
 
 
