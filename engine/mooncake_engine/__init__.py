@@ -1,7 +1,13 @@
 """Moves bytes between registered regions of two processes; knows nothing of KV caches."""
 
 from mooncake_engine.batch import Batch
-from mooncake_engine.config import EngineConfig, MetadataConfig, ShmConfig, TcpConfig
+from mooncake_engine.config import (
+    EngineConfig,
+    MetadataConfig,
+    RdmaConfig,
+    ShmConfig,
+    TcpConfig,
+)
 from mooncake_engine.engine import TransferEngine
 from mooncake_engine.errors import (
     ConfigError,
@@ -39,6 +45,7 @@ __all__ = [
     "OutOfBounds",
     "Path",
     "PathUnavailable",
+    "RdmaConfig",
     "Region",
     "RegionRecord",
     "Segment",

@@ -81,14 +81,15 @@ class RdmaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     num_cq: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
     num_comp_channels: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
     max_cqe: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4096
-    num_workers: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2  # threads that await completions
-    poll_us: Annotated[int, msgspec.Meta(ge=0, le=50_000)] = 50  # polled before it is slept on
+    num_workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2  # threads that await completions
+    poll_us: Annotated[float, msgspec.Meta(ge=0, le=50_000)] = 50.0  # polled before it is slept on
     max_outstanding: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 4096  # work requests
 
     # One endpoint: the queue pairs between one of our NICs and one of a peer's.
     num_qp: Annotated[int, msgspec.Meta(ge=1, le=255)] = 2
     max_wr: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 256
-    max_chain: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 256  # work requests in one post
+    # Work requests in one post; a send queue of fewer (max_wr) takes fewer.
+    max_chain: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 256
     max_sge: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4
     max_inline: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 64
     mtu: Literal[256, 512, 1024, 2048, 4096] = 4096
@@ -111,13 +112,15 @@ class RdmaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     slice_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 64 << 10
     fragment_ratio: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4  # a tail < slice/this joins
     retry_count: Annotated[int, msgspec.Meta(ge=1, le=127)] = 9  # over rails
-    slice_timeout_s: Annotated[int, msgspec.Meta(ge=-1, le=65535)] = -1  # -1: the NIC's alone
+    slice_timeout_s: Annotated[float, msgspec.Meta(ge=-1, le=65535)] = -1.0  # <= 0: the NIC's alone
     rail_pause_s: Seconds = 30.0  # a failed rail rests
     rail_error_threshold: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
     rail_error_window_s: Seconds = 10.0
 
     # Memory.
-    relaxed_ordering: Literal[0, 1, 2] = 1  # off, on where there is support, GPU memory only
+    # 0: off. 1: on where there is support. 2: automatic, which here means for memory of a GPU, that
+    # gains by it, and off for the host's; Mooncake's 2 is automatic too and does what its 1 does.
+    relaxed_ordering: Literal[0, 1, 2] = 1
     max_mr_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 62)] = 1 << 40
     parallel_registration: Literal[-1, 0, 1] = -1
     max_concurrent_registrations: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0  # 0: no limit
