@@ -1,4 +1,4 @@
-"""`mooncake-connector`: the configuration, an etcd and a proxy from the command line."""
+"""`mooncake-connector`: the configuration, the NICs, an etcd and a proxy from the command line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from mooncake_connector import config_fields
 from mooncake_connector.config import load_config
 from mooncake_connector.errors import ConnectorError
 from mooncake_connector.etcd_server import etcd_command
+from mooncake_connector.topology_cli import show_topology
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and write mooncake.json.")
 app.add_typer(config_app, name="config")
+app.command("topology")(show_topology)
 
 
 class _Style(enum.StrEnum):

@@ -17,6 +17,7 @@ from mooncake_engine.topology.priority import (
 from mooncake_engine.topology.rails import (
     HostPair,
     Measured,
+    NicPair,
     RailTable,
     dump_rails,
     host_of,
@@ -32,6 +33,7 @@ __all__ = [
     "Matrix",
     "Measured",
     "Nic",
+    "NicPair",
     "Node",
     "Port",
     "Priority",

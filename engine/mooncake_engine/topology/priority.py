@@ -17,7 +17,7 @@ import msgspec
 from mooncake_engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from mooncake_engine.topology.sysfs import Gpu, Machine, Nic, Node
 
@@ -37,7 +37,7 @@ class Distance(enum.IntEnum):
 
 
 class Priority(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The NICs for one memory location, in no order of merit within each of the two."""
+    """The NICs for one memory location: preferred are alike, available are nearest first."""
 
     preferred: tuple[str, ...]
     available: tuple[str, ...]
@@ -98,17 +98,20 @@ def matrix(machine: Machine, only: Collection[str] = (), excluded: Collection[st
 def _of_node(node: Node, nics: Sequence[Nic]) -> Priority:
     known = {nic.name: node.distances[nic.numa] for nic in nics if nic.numa in node.distances}
     least = min(known.values(), default=_OWN_NODE)
-    return _split(nics, [nic.name for nic in nics if known.get(nic.name, least) == least])
+    return _split({nic.name: known.get(nic.name, least) for nic in nics})
 
 
 def _of_gpu(gpu: Gpu, nics: Sequence[Nic]) -> Priority:
-    far = {nic.name: distance(gpu, nic) for nic in nics}
-    least = min(far.values(), default=Distance.SYS)
-    return _split(nics, [name for name in far if far[name] == least])
+    return _split({nic.name: distance(gpu, nic) for nic in nics})
 
 
-def _split(nics: Sequence[Nic], preferred: Sequence[str]) -> Priority:
-    return Priority(tuple(preferred), tuple(nic.name for nic in nics if nic.name not in preferred))
+def _split(far: Mapping[str, int]) -> Priority:
+    least = min(far.values(), default=0)
+    by_distance = sorted(far, key=far.__getitem__)  # stable: by name where equally far
+    return Priority(
+        tuple(name for name in by_distance if far[name] == least),
+        tuple(name for name in by_distance if far[name] > least),
+    )
 
 
 def names_of(rows: Matrix) -> tuple[str, ...]:

@@ -43,6 +43,14 @@ class Measured(msgspec.Struct, frozen=True):
         return self.latency + (1e6 / self.bandwidth if self.bandwidth else _NOT_MEASURED_US)
 
 
+class NicPair(msgspec.Struct, frozen=True):
+    """A rail by its NICs' names, as a link offers it for measuring."""
+
+    local: str
+    remote: str
+    remote_numa: int = _ANYWHERE  # NUMA node of the peer's NIC
+
+
 class HostPair(msgspec.Struct, frozen=True):
     """What was measured between two hosts."""
 

@@ -4,8 +4,6 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mooncake_engine.errors import ConfigError
 from mooncake_engine.topology import (
     Distance,
@@ -59,6 +57,12 @@ def test_two_gpus_behind_one_switch_share_its_two_nics(tmp_path: Path) -> None:
 def test_a_gpu_without_a_nic_near_prefers_those_of_its_node(tmp_path: Path) -> None:
     machine = discover(server(tmp_path).root)
     assert matrix(machine, excluded=bonds(4))["cuda:0"].preferred == bonds(5, 6, 8)
+
+
+def test_nics_to_fall_back_to_are_nearest_first(tmp_path: Path) -> None:
+    rows = matrix(discover(server(tmp_path).root))
+    assert rows["cuda:0"].available == bonds(5, 6, 8, 0, 1, 2, 3)
+    assert rows["cuda:4"].available == bonds(1, 2, 3, 4, 5, 6, 8)
 
 
 def test_a_gpu_whose_node_has_no_nic_prefers_all_alike(tmp_path: Path) -> None:
@@ -146,44 +150,6 @@ def test_a_machine_without_nics_has_rows_without_nics() -> None:
     rows = matrix(Machine(nodes=(near(0),)))
     assert rows == {"cpu:0": Priority((), ())}
     assert nics_for(rows, "cpu") == Priority((), ())
-
-
-names = st.lists(st.sampled_from([f"mlx5_{n}" for n in range(12)]), unique=True)
-buses = st.sampled_from(["pci0000:10", "pci0000:20"])
-paths = st.one_of(
-    st.just(()),
-    st.tuples(buses),
-    st.tuples(buses, st.sampled_from(["0000:10:01.0", "0000:10:02.0"]), st.just("0000:11:00.0")),
-)
-
-
-@st.composite
-def machines(draw: st.DrawFn) -> Machine:
-    numas = st.integers(-1, 4)  # of which 3 and 4 are not there
-    nics = tuple(Nic(name, "", draw(numas), draw(paths)) for name in draw(names))
-    gpus = tuple(Gpu(n, "", draw(numas), draw(paths)) for n in range(draw(st.integers(0, 3))))
-    distances = {n: {m: draw(st.integers(11, 13)) for m in range(3)} | {n: 10} for n in range(3)}
-    return Machine(nics, gpus, tuple(Node(n, frozenset(), distances[n]) for n in range(3)))
-
-
-@given(machines(), st.data())
-def test_each_row_has_each_nic_once_and_none_that_is_excluded(
-    machine: Machine, data: st.DataObject
-) -> None:
-    there = [nic.name for nic in machine.nics]
-    some = st.lists(st.sampled_from(there), unique=True) if there else st.just([])
-    only, excluded = data.draw(some), data.draw(some)
-    rows = matrix(machine, only, excluded)
-    wanted = [name for name in there if name not in excluded and (not only or name in only)]
-    assert set(rows) == {f"cpu:{n}" for n in range(3)} | {f"cuda:{g.index}" for g in machine.gpus}
-    for row in rows.values():
-        assert sorted(row.all()) == sorted(wanted)
-        assert bool(row.preferred) == bool(wanted)
-    for location in (*rows, "cpu", "cuda:99", "*"):
-        assert sorted(nics_for(rows, location).all()) == sorted(wanted)
-        assert bool(nics_for(rows, location).preferred) == bool(wanted)
-    if wanted:
-        assert load_matrix(to_json(rows)) == rows
 
 
 def test_memory_of_no_known_node_uses_the_nics_of_all_nodes() -> None:

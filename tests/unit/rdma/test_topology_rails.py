@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mooncake_engine.errors import ConfigError
 from mooncake_engine.topology import (
     HostPair,
@@ -198,34 +195,3 @@ def test_nics_that_are_left_over_are_extra() -> None:
 def test_a_peer_with_more_nics_leaves_ours_one_each() -> None:
     found = matchings([pair("a", theirs, bandwidth=n + 1) for n, theirs in enumerate("xyz")])
     assert found == {"0-0": (pair("a", "z", bandwidth=3),)}
-
-
-@given(
-    st.integers(1, 4), st.integers(1, 4), st.data()
-)  # 4 x 4 has 24 assignments, which can all be tried
-def test_no_other_assignment_is_better(rows: int, columns: int, data: st.DataObject) -> None:
-    cost = st.floats(0.1, 100.0)
-    at = {
-        (ours, theirs): pair(f"a{ours}", f"x{theirs}", data.draw(cost), data.draw(cost))
-        for ours, theirs in itertools.product(range(rows), range(columns))
-    }
-    found = matchings(list(at.values()))["0-0"]
-    assert len(found) == min(rows, columns)
-    assert len({p.src_dev for p in found}) == len({p.dst_dev for p in found}) == len(found)
-    small, large = sorted((rows, columns))
-    best = min(
-        sum(
-            at[(n, m) if rows <= columns else (m, n)].piece_us()
-            for n, m in zip(range(small), order, strict=True)
-        )
-        for order in itertools.permutations(range(large), small)
-    )
-    assert sum(p.piece_us() for p in found) == pytest.approx(best)
-
-
-@given(st.sets(st.tuples(st.sampled_from("abcd"), st.sampled_from("wxyz")), min_size=1))
-def test_pairs_that_were_not_measured_are_never_chosen(measured: set[tuple[str, str]]) -> None:
-    found = matchings([pair(*names) for names in measured])
-    chosen = [(p.src_dev, p.dst_dev) for group in found.values() for p in group]
-    assert set(chosen) <= measured
-    assert sorted({ours for ours, _ in measured}) == sorted(ours for ours, _ in chosen)
