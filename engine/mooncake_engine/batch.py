@@ -96,7 +96,7 @@ class Batch:
     ) -> None:
         """Made by the engine only; `stop` asks the worker, `on_end` runs before anybody wakes."""
         self.op = op
-        self.path = path
+        self.path = path  # that of the segment, until a slice had to take another
         self.runs = runs
         self.progress = Progress(slices)
         self.nbytes = int(runs.lengths.sum())

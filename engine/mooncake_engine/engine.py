@@ -24,7 +24,7 @@ from mooncake_engine.hosts import machine_id
 from mooncake_engine.inflight import InFlight
 from mooncake_engine.memory import RegionTable
 from mooncake_engine.peers import Peers
-from mooncake_engine.segment import connect
+from mooncake_engine.segment import Routes, connect
 from mooncake_engine.stats import Counters
 from mooncake_engine.transport import registry
 from mooncake_engine.types import Op, Region, SegmentRecord
@@ -82,6 +82,8 @@ class TransferEngine:
         self._regions = RegionTable()
         self._grants = GrantTable()
         self._inflight = InFlight()
+        # One change at a time: memory that comes back must have left the transports before.
+        self._changing = threading.Lock()
         self._peers = Peers(self._connect)
         self._counters = Counters()
         self._closed = False
@@ -138,7 +140,12 @@ class TransferEngine:
     # Memory.
 
     def register_memory(
-        self, memory: object, length: int | None = None, location: str = "cpu"
+        self,
+        memory: object,
+        length: int | None = None,
+        location: str = "cpu",
+        *,
+        page_bytes: int = 0,
     ) -> Region:
         """Let peers and our own transfers use this memory; publishes the new record.
 
@@ -148,14 +155,17 @@ class TransferEngine:
                 is the caller's to keep.
             length: Bytes; only needed for an address.
             location: "cpu" or "cuda:N"; a tensor knows its own.
+            page_bytes: Transfers take whole pages of so many bytes, counted from its start: where
+                a NIC needs several registrations for it, no page straddles two. 0: anything.
 
         Raises:
             InvalidTransfer: Not contiguous, empty, or overlapping another region.
-            PathUnavailable: Device memory, and no started transport reaches such.
+            PathUnavailable: Device memory, and no started transport reaches such; or a transport
+                cannot register it (a limit of locked memory, or of a NIC).
             MetadataError: The store refuses the record; the memory is then not registered.
         """
         self._check_open()
-        region = describe(memory, length, location)
+        region = describe(memory, length, location, page_bytes)
         if is_device(region.location) and not any(
             transport.capabilities.device_memory for transport in self.transports.values()
         ):
@@ -164,12 +174,14 @@ class TransferEngine:
                 f"{', '.join(self.transports)} reaches device memory; keep it on the CPU, or run "
                 "where a transport that does is available"
             )
-        self._regions.add(region)
-        try:
+        with self._changing, contextlib.ExitStack() as undo:
+            self._regions.add(region)
+            undo.callback(self._regions.remove, region.address)
+            for transport in self.transports.values():
+                transport.register(region)
+                undo.callback(transport.unregister, region)
             self._publish()
-        except BaseException:
-            self._regions.remove(region.address)
-            raise
+            undo.pop_all()
         return region
 
     def unregister_memory(self, region: Region | int) -> None:
@@ -179,18 +191,22 @@ class TransferEngine:
 
         Raises:
             InvalidTransfer: No such region, or a batch of ours still uses it: cancel and wait.
+            PathUnavailable: A NIC does not let go of it; keep the memory until `close`.
         """
         self._check_open()
         address = region.address if isinstance(region, Region) else region
-        with self._inflight.lock:  # no submit between the look and the removal
-            batch = self._inflight.touching(self._regions.at(address))
-            if batch is not None:
-                raise InvalidTransfer(
-                    f"cannot unregister the region at {address:#x}: {batch!r} uses it; "
-                    "cancel the batch and wait for its completion first"
-                )
-            self._regions.remove(address)
-        self._publish()
+        with self._changing, contextlib.ExitStack() as after:
+            after.callback(self._publish)
+            with self._inflight.lock:  # no submit between the look and the removal
+                batch = self._inflight.touching(self._regions.at(address))
+                if batch is not None:
+                    raise InvalidTransfer(
+                        f"cannot unregister the region at {address:#x}: {batch!r} uses it; "
+                        "cancel the batch and wait for its completion first"
+                    )
+                removed = self._regions.remove(address)
+            for transport in self.transports.values():
+                after.callback(transport.unregister, removed)
 
     def allocate(self, length: int) -> NDArray[np.uint8]:
         """`length` zero bytes, page aligned and registered, of the kind that peers reach best.
@@ -250,9 +266,7 @@ class TransferEngine:
                 protocol or self.config.protocol,
                 strict=protocol is not None or self.config.strict_transport,
             ),
-            self.transports,
-            self._not_started,
-            own=self.record(),
+            Routes(self.transports, self._not_started, self.record),
         )
 
     # Transfers.

@@ -9,14 +9,12 @@ EngineError
 ├── PathUnavailable        no permitted transport reaches that segment
 ├── MetadataError          the metadata store cannot be reached or refuses us
 └── LaneError              (internal to transports) one slice failed; becomes a Completion
+    └── PathLost           the way to the peer is gone, not the peer: another path may be taken
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mooncake_engine.types import Status
+from mooncake_engine.types import Status
 
 
 class EngineError(Exception):
@@ -57,3 +55,13 @@ class LaneError(EngineError):
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class PathLost(LaneError):
+    """The way to the peer is gone, not the peer; ends a batch PEER_GONE if there is no other way.
+
+    What a lane promises when it raises this is in `mooncake_engine.transport.base`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Status.PEER_GONE, message)

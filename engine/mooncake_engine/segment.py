@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from typing_extensions import override
 
 from mooncake_engine.batch import Failure
 from mooncake_engine.device import is_device
 from mooncake_engine.errors import PathUnavailable
+from mooncake_engine.failover import FailoverLink, Route
 from mooncake_engine.memory import Bounds
 from mooncake_engine.types import Path, Status
 from mooncake_engine.worker import LinkWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from mooncake_engine.transport.base import Capabilities, Link, Transport
+    from mooncake_engine.transport.base import Transport
     from mooncake_engine.types import SegmentRecord, Uint64s
 
 _log = logging.getLogger(__name__)
@@ -31,12 +32,16 @@ class Segment:
     """
 
     def __init__(
-        self, record: SegmentRecord, link: Link, capabilities: Capabilities, path: Path
+        self,
+        record: SegmentRecord,
+        route: Route,
+        around: Callable[[SegmentRecord], Route] | None = None,
     ) -> None:
-        self.path = path
-        self.capabilities = capabilities
-        self.link = link
-        self.worker = LinkWorker(link, f"{path.scheme} to {record.name}")
+        """Args: around: connects another path when `route` is lost; None: not permitted."""
+        self.path = route.path
+        self.capabilities = route.capabilities
+        self.link = FailoverLink(route, around and (lambda: around(self.record)))
+        self.worker = LinkWorker(self.link, f"{route.path.scheme} to {record.name}")
         self._lock = threading.Lock()  # guards the swap of _known and _closed
         self._known = (record, Bounds((r.address, r.length) for r in record.regions))
         self._closed = False
@@ -88,42 +93,62 @@ class Segment:
         )
 
 
-def connect(
-    peer: SegmentRecord,
-    order: Sequence[str],
-    transports: Mapping[str, Transport],
-    not_started: Mapping[str, str],
-    *,
-    own: SegmentRecord,
-) -> Segment:
-    """Open the first path of `order` that reaches the peer; keep why the others did not.
+class Routes(NamedTuple):
+    """The transports that an engine has to reach its peers by.
+
+    Attributes:
+        transports: Those that started, by scheme.
+        not_started: Why the others did not.
+        own: The engine's own record, as of now.
+    """
+
+    transports: Mapping[str, Transport]
+    not_started: Mapping[str, str]
+    own: Callable[[], SegmentRecord]
+
+    def find(self, peer: SegmentRecord, order: Sequence[str]) -> Route:
+        """Connect the first path of `order` that reaches the peer; keep why the others did not.
+
+        Raises:
+            PathUnavailable: None does; the message gives each one's reason.
+        """
+        own = self.own()
+        refusals: list[str] = []
+        for scheme in order:
+            transport = self.transports.get(scheme)
+            if transport is None:
+                why = self.not_started.get(scheme, "not started by this engine")
+                refusals.append(f"{scheme}: {why}")
+                continue
+            refusal = refuse(transport, peer, own)
+            if refusal is None:
+                try:
+                    link = transport.connect(peer)
+                except PathUnavailable as error:
+                    refusal = str(error)
+            if refusal is not None:
+                refusals.append(f"{scheme}: {refusal}")
+                continue
+            where = "same machine" if peer.machine_id == own.machine_id else "other machine"
+            rest = order[len(refusals) + 1 :]
+            untried = f"{', '.join(rest)} not tried" if rest else "no other is permitted"
+            reason = "; ".join([where, *(refusals or [untried])])
+            if refusals:
+                why = "; ".join(refusals)
+                _log.warning("%s is reached over %s, since %s", peer.name, scheme, why)
+            return Route(Path(scheme, reason), link, transport.capabilities)
+        raise PathUnavailable(f"no path to {peer.name}: {'; '.join(refusals)}")
+
+
+def connect(peer: SegmentRecord, order: Sequence[str], routes: Routes) -> Segment:
+    """Open the first path of `order` that reaches the peer; the rest stands in when it is lost.
 
     Raises:
         PathUnavailable: None does; the message gives each one's reason.
     """
-    refusals: list[str] = []
-    for scheme in order:
-        transport = transports.get(scheme)
-        if transport is None:
-            refusals.append(f"{scheme}: {not_started.get(scheme, 'not started by this engine')}")
-            continue
-        refusal = refuse(transport, peer, own)
-        if refusal is None:
-            try:
-                link = transport.connect(peer)
-            except PathUnavailable as error:
-                refusal = str(error)
-        if refusal is not None:
-            refusals.append(f"{scheme}: {refusal}")
-            continue
-        where = "same machine" if peer.machine_id == own.machine_id else "other machine"
-        rest = order[len(refusals) + 1 :]
-        untried = f"{', '.join(rest)} not tried" if rest else "no other is permitted"
-        reason = "; ".join([where, *refusals] if refusals else [where, untried])
-        if refusals:
-            _log.warning("%s is reached over %s, since %s", peer.name, scheme, "; ".join(refusals))
-        return Segment(peer, link, transport.capabilities, Path(scheme, reason))
-    raise PathUnavailable(f"no path to {peer.name}: {'; '.join(refusals)}")
+    route = routes.find(peer, order)
+    rest = order[order.index(route.path.scheme) + 1 :]
+    return Segment(peer, route, (lambda latest: routes.find(latest, rest)) if rest else None)
 
 
 def refuse(transport: Transport, peer: SegmentRecord, own: SegmentRecord) -> str | None:

@@ -43,6 +43,7 @@ class Region(msgspec.Struct, frozen=True):
     length: int  # bytes, > 0
     location: str  # "cpu", "cuda:0", ...
     owner: object = None
+    page_bytes: int = 0  # it is pages of so many bytes from its start on; 0: not known
 
 
 class RegionRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -105,7 +106,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         status: How it ended.
         error: Empty for OK; else what was attempted, with whom, and what to try.
         nbytes: Bytes asked for.
-        path: Transport used and why.
+        path: Transport used and why: the segment's, or the one that took over when that was lost.
         descriptors: Runs as submitted.
         runs: Runs after merging neighbours on both sides.
         queued_s: From submit to the first slice taken by a lane.

@@ -229,6 +229,7 @@ class LinkWorker:
             failure = Failure(Status.FAILED, f"moving over {self._name} failed: {error!r}")
         with self._lock:
             hand.batch = None
+            batch.path = lane.path or batch.path
             # Only a refusal leaves both ends of a lane in step; after the rest it is unusable.
             hand.spent |= failure is not None and failure.status is not Status.REFUSED
             if failure is not None and batch.progress.waiting:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
-from mooncake_engine import EngineConfig, MetadataConfig, TcpConfig, TransferEngine
+from mooncake_engine import EngineConfig, MetadataConfig, Status, TcpConfig, TransferEngine
 from mooncake_engine.testing import conformance
+from mooncake_engine.testing.faults import Faults, install
 from mooncake_engine.testing.target import ChildTarget, LocalTarget
 
 if TYPE_CHECKING:
@@ -51,6 +53,30 @@ def test_a_transport_keeps_the_contract(check: conformance.Check, scheme: str, w
     with pair_of(scheme, where, check.length) as pair:
         assert check.applies(pair)
         check.run(pair)
+
+
+@contextlib.contextmanager
+def pair_without_shm(length: int) -> Iterator[conformance.Pair]:
+    """Segments open over shm, which is lost from the first slice on; tcp stands in."""
+    lenient = msgspec.structs.replace(config("shm"), strict_transport=False)
+    with ChildTarget(lenient, length) as target, TransferEngine(lenient) as initiator:
+        pair = conformance.Pair(initiator, target, target_has_a_say=True)
+        lost = Faults()
+        lost.lose("shm is taken away for this test")
+        install(initiator, lost, "shm")
+        initiator.transports.pop("rdma", None)  # where there are NICs, it would be next
+        yield pair
+
+
+@pytest.mark.parametrize(
+    "check", [pytest.param(check, id=check.name) for check in conformance.CHECKS]
+)
+def test_a_path_that_stands_in_keeps_the_contract(check: conformance.Check) -> None:
+    with pair_without_shm(check.length) as pair:
+        assert check.applies(pair)
+        check.run(pair)
+        ended_ok = {key.scheme for key in pair.initiator.statistics() if key.status is Status.OK}
+        assert ended_ok <= {"tcp"}
 
 
 def test_tcp_moves_bytes_over_ipv6_too() -> None:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from mooncake_engine.errors import LaneError
-from mooncake_engine.transport.base import Lane, Link, Transport
+from mooncake_engine.errors import LaneError, PathLost
+from mooncake_engine.transport.base import Capabilities, Lane, Link, Transport
 from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
     import msgspec
 
     from mooncake_engine.engine import TransferEngine
-    from mooncake_engine.types import SegmentRecord, Slice
+    from mooncake_engine.types import Region, SegmentRecord, Slice
 
 
 class Faults:
@@ -35,6 +35,7 @@ class Faults:
         self._held = 0
         self._failures: list[LaneError] = []
         self._open_failures: list[LaneError] = []
+        self._lost: str | None = None
         self._moves = 0
         self._opened = 0
 
@@ -78,28 +79,48 @@ class Faults:
         with self._changed:
             self._open_failures += [LaneError(status, message) for _ in range(times)]
 
+    def lose(self, message: str) -> None:
+        """Until `recover`, no lane moves or opens: the way is gone (`PathLost`), not the peer.
+
+        Slices that are held meanwhile are lost too, once released.
+        """
+        with self._changed:
+            self._lost = message
+
+    def recover(self) -> None:
+        """The way is back."""
+        with self._changed:
+            self._lost = None
+
     def before_open(self) -> None:
-        """Called by a link; raises what `fail_open` asked for."""
+        """Called by a link; raises what `fail_open` or `lose` asked for."""
         with self._changed:
             self._opened += 1
+            self._check_way()
             if self._open_failures:
                 raise self._open_failures.pop()
 
     def before_move(self, interrupted: threading.Event, deadline: float) -> None:
         """Called by a lane; returns when the slice may move, else raises `LaneError`."""
         with self._changed:
+            self._check_way()
             if self._failures:
                 raise self._failures.pop()
             if self._pass:
                 self._pass -= 1
             elif self._pass is not None:
                 self._wait_for_release(interrupted, deadline)
+                self._check_way()
             end = min(deadline, time.monotonic() + self.delay_per_slice_s)
             while not interrupted.is_set() and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
             if interrupted.is_set():
                 raise LaneError(Status.CANCELLED, "the lane was interrupted")
             self._moves += 1
+
+    def _check_way(self) -> None:
+        if self._lost is not None:
+            raise PathLost(self._lost)
 
     def _wait_for_release(self, interrupted: threading.Event, deadline: float) -> None:
         self._held += 1
@@ -119,22 +140,32 @@ class Faults:
             self._changed.notify_all()
 
 
-def install(engine: TransferEngine, faults: Faults) -> None:
-    """Put `faults` into every segment that `engine` opens from now on."""
-    for scheme, transport in engine.transports.items():
-        engine.transports[scheme] = FaultyTransport(transport, faults)
+def install(engine: TransferEngine, faults: Faults, *schemes: str) -> None:
+    """Put `faults` into every link of these transports (none named: all) made from now on."""
+    for scheme in schemes or tuple(engine.transports):
+        engine.transports[scheme] = FaultyTransport(engine.transports[scheme], faults)
 
 
 class FaultyTransport(Transport):
     """Another transport whose lanes obey a `Faults`."""
 
+    capabilities = Capabilities()  # that of `inner`, once there is an instance
+
     def __init__(self, inner: Transport, faults: Faults) -> None:
         super().__init__(inner.config, inner.regions, inner.grants, inner.incarnation)
         # Of the instance, not of the class as elsewhere: it stands in for any transport.
         self.scheme = inner.scheme  # type: ignore[misc]  # see above
-        self.capabilities = inner.capabilities  # type: ignore[misc]  # see above
+        self.capabilities = inner.capabilities
         self._inner = inner
         self._faults = faults
+
+    @override
+    def register(self, region: Region) -> None:
+        self._inner.register(region)
+
+    @override
+    def unregister(self, region: Region) -> None:
+        self._inner.unregister(region)
 
     @override
     def endpoint(self) -> msgspec.Raw:

@@ -18,6 +18,10 @@ What every transport must keep, checked by `mooncake_engine.testing.conformance`
   `move` raise within 100 ms. The lane is then spent: the worker closes it and opens another.
 * A dead or restarted peer ends `move` with PEER_GONE; the target's refusal (outside its regions,
   grant ended) with REFUSED.
+* When the way is gone and not the peer, `move` (or `open_lane`) raises `PathLost`, and the engine
+  moves the slice again over another transport where it may. By then nothing of the slice is under
+  way, neither here nor towards the peer. The lane is not spent: each further `move` raises
+  `PathLost` at once while the way is gone, and moves bytes again when it is back.
 * The target checks each run against its own registered regions and the grant against its
   `GrantTable`, where the target has a say (tcp); where the kernel or the NIC decides (shm, rdma)
   it is the initiator's check and theirs.
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from mooncake_engine.config import EngineConfig
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
-    from mooncake_engine.types import SegmentRecord, Slice
+    from mooncake_engine.types import Path, Region, SegmentRecord, Slice
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -53,6 +57,9 @@ class Capabilities(msgspec.Struct, frozen=True):
 class Lane(abc.ABC):
     """Moves one slice at a time. One worker thread calls `move`; any thread may `interrupt`."""
 
+    #: How the slice last moved went, when not by its link's own path (`mooncake_engine.failover`).
+    path: Path | None = None
+
     @abc.abstractmethod
     def move(self, piece: Slice, deadline: float) -> None:
         """Move the slice; block until done.
@@ -63,6 +70,7 @@ class Lane(abc.ABC):
 
         Raises:
             LaneError: With the status that the batch shall end with.
+            PathLost: This way is gone; another may lead to the peer.
         """
 
     @abc.abstractmethod
@@ -99,7 +107,11 @@ class Transport(abc.ABC):
     """One way to move bytes between engines. A new one is a new file and a registry line."""
 
     scheme: ClassVar[str]
-    capabilities: ClassVar[Capabilities]
+
+    @property
+    @abc.abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What it can do: an attribute of the class, or a property where the machine decides."""
 
     def __init__(
         self, config: EngineConfig, regions: RegionTable, grants: GrantTable, incarnation: str
@@ -109,6 +121,25 @@ class Transport(abc.ABC):
         self.regions = regions
         self.grants = grants
         self.incarnation = incarnation
+
+    def register(self, region: Region) -> None:  # noqa: B027 - most transports need nothing
+        """Make a region reachable. Blocks, where a device has to pin its pages.
+
+        Called for each region, before peers hear of it; any thread, one call at a time.
+
+        Raises:
+            PathUnavailable: It cannot be; the region is then registered with no transport.
+        """
+
+    def unregister(self, region: Region) -> None:  # noqa: B027 - most transports need nothing
+        """Make a region that was registered unreachable, so that its memory may be freed.
+
+        Called when no batch of ours uses it and peers' slices that do were interrupted. When it
+        returns, no device and no thread of this transport can touch that memory.
+
+        Raises:
+            PathUnavailable: A device may still reach it.
+        """
 
     @abc.abstractmethod
     def endpoint(self) -> msgspec.Raw:
