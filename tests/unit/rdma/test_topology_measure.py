@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mooncake_engine.transport.base import Lane, Link
     from mooncake_engine.types import SegmentRecord, Slice
 
-CONFIG = EngineConfig(protocol="loopback", metadata=MetadataConfig(backend="memory"))
+CONFIG = EngineConfig(
+    protocol="loopback", strict_transport=True, metadata=MetadataConfig(backend="memory")
+)
 MACHINE = Machine((Nic("a", numa=0), Nic("b", numa=0)), (), (Node(0, frozenset({0}), {0: 10}),))
 
 
