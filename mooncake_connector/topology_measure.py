@@ -64,7 +64,7 @@ def measure(
     Raises:
         PathUnavailable: The transport has no pairs of NICs, the peer no memory, or no pair works.
     """
-    link = segment.link
+    link = segment.link.first
     if not isinstance(link, Railed):
         raise PathUnavailable(
             f"{segment.name} is reached over {segment.path.scheme}, which has no pairs of NICs to "

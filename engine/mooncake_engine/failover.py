@@ -54,6 +54,11 @@ class FailoverLink(Link):
         self._first = first
         self._detour = Detour(first.path.scheme, around)
 
+    @property
+    def first(self) -> Link:
+        """The link of the segment's own path, for who wants more of it than every `Link` has."""
+        return self._first.link
+
     @override
     def open_lane(self) -> Lane:
         lane = FailoverLane(self._first.link, self._detour)
