@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def describe(memory: object, length: int | None, location: str) -> Region:
+def describe(memory: object, length: int | None, location: str, page_bytes: int = 0) -> Region:
     """Address, length in bytes and location of an address, a numpy array or a torch tensor.
 
     A tensor knows its own location ("cpu", "cuda:0"); `location` is for the others.
@@ -28,10 +28,12 @@ def describe(memory: object, length: int | None, location: str) -> Region:
     Raises:
         InvalidTransfer: Not one of those, a missing or contradicting length, or gaps in it.
     """
+    if page_bytes < 0:
+        raise InvalidTransfer(f"pages of {page_bytes} bytes: give more, or 0 if there are none")
     if isinstance(memory, int):
         if length is None:
             raise InvalidTransfer(f"registering the address {memory:#x} needs its length in bytes")
-        return Region(memory, length, location)
+        return Region(memory, length, location, None, page_bytes)
     if isinstance(memory, np.ndarray):
         address, nbytes = int(memory.__array_interface__["data"][0]), int(memory.nbytes)
         _check_dense(memory.shape, memory.strides, memory.itemsize, "numpy array")
@@ -49,7 +51,7 @@ def describe(memory: object, length: int | None, location: str) -> Region:
         location = str(memory.device)
     if length is not None and length != nbytes:
         raise InvalidTransfer(f"length {length} contradicts the {nbytes} bytes handed in")
-    return Region(address, nbytes, location, memory)
+    return Region(address, nbytes, location, memory, page_bytes)
 
 
 def is_device(location: str) -> bool:

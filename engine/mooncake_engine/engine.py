@@ -30,7 +30,7 @@ from mooncake_engine.transport import registry
 from mooncake_engine.types import Op, Region, SegmentRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -174,14 +174,18 @@ class TransferEngine:
                 f"{', '.join(self.transports)} reaches device memory; keep it on the CPU, or run "
                 "where a transport that does is available"
             )
-        with self._changing, contextlib.ExitStack() as undo:
+        reached: list[Transport] = []
+        with self._changing:
             self._regions.add(region)
-            undo.callback(self._regions.remove, region.address)
-            for transport in self.transports.values():
-                transport.register(region)
-                undo.callback(transport.unregister, region)
-            self._publish()
-            undo.pop_all()
+            try:
+                for transport in self.transports.values():
+                    transport.register(region)
+                    reached.append(transport)
+                self._publish()
+            except BaseException:
+                self._regions.remove(region.address)
+                _unregister(region, reached)
+                raise
         return region
 
     def unregister_memory(self, region: Region | int) -> None:
@@ -195,8 +199,7 @@ class TransferEngine:
         """
         self._check_open()
         address = region.address if isinstance(region, Region) else region
-        with self._changing, contextlib.ExitStack() as after:
-            after.callback(self._publish)
+        with self._changing:
             with self._inflight.lock:  # no submit between the look and the removal
                 batch = self._inflight.touching(self._regions.at(address))
                 if batch is not None:
@@ -205,8 +208,10 @@ class TransferEngine:
                         "cancel the batch and wait for its completion first"
                     )
                 removed = self._regions.remove(address)
-            for transport in self.transports.values():
-                after.callback(transport.unregister, removed)
+            try:
+                _unregister(removed, self.transports.values())
+            finally:
+                self._publish()
 
     def allocate(self, length: int) -> NDArray[np.uint8]:
         """`length` zero bytes, page aligned and registered, of the kind that peers reach best.
@@ -362,6 +367,13 @@ class TransferEngine:
     def statistics(self) -> dict[Key, Totals]:
         """Sums over ended batches by (scheme, op, status)."""
         return self._counters.snapshot()
+
+
+def _unregister(region: Region, transports: Iterable[Transport]) -> None:
+    """From all of them, also when one refuses."""
+    with contextlib.ExitStack() as leaving:
+        for transport in transports:
+            leaving.callback(transport.unregister, region)
 
 
 def _known_op(op: Op | str, segment: Segment) -> Op:
