@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mooncake_engine.types import RegionRecord
     from numpy.typing import NDArray
 
-_FIRST_BYTES = 1 << 20  # makes the connection, and tells how many bytes a measurement can take
+_FIRST_BYTES = 1 << 20  # tells how many bytes a measurement can take
 _MOST_BYTES = 64 << 20
 _LATENCY_BYTES = 8
 _LATENCY_READS = 100
@@ -51,14 +51,14 @@ def measure(
 ) -> HostPair:
     """Bandwidth and latency of each pair of NICs, and the best pairs.
 
-    Blocks for about two seconds a pair. A pair that moves nothing is reported and left out. Other
-    traffic of either machine is measured with it: choose a quiet moment.
+    Blocks for two or three times `seconds` a pair. A pair that moves nothing is reported and left
+    out. Other traffic of either machine is measured with it: choose a quiet moment.
 
     Args:
         engine: Ours.
         segment: The peer, over a transport that is `Railed`.
         machine: Ours, for the NUMA nodes.
-        seconds: How long to measure a pair's bandwidth.
+        seconds: How long to measure a pair's bandwidth, and its latency at most.
         report: Told a line for each pair.
 
     Raises:
@@ -114,16 +114,12 @@ class _Probe:
         numa = nic.numa if nic else -1
         buffer = self._buffer(numa, cpus_near(machine, pair.local))
         try:
+            self._read(buffer, _LATENCY_BYTES)  # makes the connection
+            latencies = self._repeated(buffer, _LATENCY_BYTES, _LATENCY_READS)
             first = self._read(buffer, _FIRST_BYTES)
-            latency = statistics.median(
-                self._read(buffer, _LATENCY_BYTES) for _ in range(_LATENCY_READS)
-            )
             wanted = int(_FIRST_BYTES / first * self._seconds / _ROUNDS)
             nbytes = min(max(wanted, _FIRST_BYTES), buffer.size)
-            bandwidths: list[float] = []
-            end = time.monotonic() + self._seconds
-            while not bandwidths or time.monotonic() < end:
-                bandwidths.append(nbytes / self._read(buffer, nbytes))
+            took = statistics.median(self._repeated(buffer, nbytes))
         except _ReadFailed as exc:
             return str(exc)
         return Measured(
@@ -131,9 +127,17 @@ class _Probe:
             pair.remote,
             numa,
             pair.remote_numa,
-            round(statistics.median(bandwidths) / (1 << 20), 2),
-            round(latency * 1e6, 2),
+            round(nbytes / took / (1 << 20), 2),
+            round(statistics.median(latencies) * 1e6, 2),
         )
+
+    def _repeated(self, buffer: NDArray[np.uint8], nbytes: int, most: int = 1 << 20) -> list[float]:
+        """Seconds of each of at most so many reads, in the time that a measurement has."""
+        end = time.monotonic() + self._seconds
+        took: list[float] = []
+        while len(took) < most and (not took or time.monotonic() < end):
+            took.append(self._read(buffer, nbytes))
+        return took
 
     def _buffer(self, numa: int, cpus: frozenset[int] | None) -> NDArray[np.uint8]:
         if numa not in self._buffers:

@@ -1,6 +1,7 @@
 """Which NIC is near which memory: from sysfs, from a file, or measured. Opens no device."""
 
 from mooncake_engine.topology.matching import matchings
+from mooncake_engine.topology.partners import Side, partners
 from mooncake_engine.topology.priority import (
     Distance,
     Matrix,
@@ -38,6 +39,7 @@ __all__ = [
     "Port",
     "Priority",
     "RailTable",
+    "Side",
     "cpus_near",
     "discover",
     "distance",
@@ -50,5 +52,6 @@ __all__ = [
     "names_of",
     "narrow",
     "nics_for",
+    "partners",
     "to_json",
 ]

@@ -173,9 +173,9 @@ def _read(path: Path) -> tuple[HostPair, ...]:
 
 
 def _of_tent(file: _File) -> HostPair:
-    """TENT's pairs as ours: of any NUMA nodes, the direct ones before the rest."""
-    pairs = {"-1--1": file.direct, "-1--1_extra": file.all} if file.all or file.direct else {}
-    ours = {key: tuple(Measured(p.local, p.remote) for p in given) for key, given in pairs.items()}
+    """TENT's pairs as ours, of any NUMA nodes: "direct" are the best, "all" those that work."""
+    best = tuple(Measured(pair.local, pair.remote) for pair in file.direct or file.all)
+    ours = {"-1--1": best} if best else {}
     return HostPair(
         file.src_host, file.dst_host, file.endpoints, {**ours, **file.partition_matchings}
     )

@@ -97,21 +97,12 @@ def test_memory_of_no_known_node_takes_the_pairs_of_all() -> None:
 
 
 def test_what_tents_own_rail_file_holds_is_read_too(tmp_path: Path) -> None:
-    table = load(
-        tmp_path,
-        {
-            "all": [
-                {"local": "mlx5_0", "remote": "mlx5_1"},
-                {"local": "mlx5_0", "remote": "mlx5_2"},
-                {"local": "mlx5_1", "remote": "mlx5_0"},
-            ],
-            "direct": [
-                {"local": "mlx5_1", "remote": "mlx5_0"},
-                {"local": "mlx5_0", "remote": "mlx5_1"},
-            ],
-        },
-    )
-    assert table.best(1, 0) == (("mlx5_1", "mlx5_0"), ("mlx5_0", "mlx5_1"), ("mlx5_0", "mlx5_2"))
+    works = [{"local": "mlx5_0", "remote": f"mlx5_{n}"} for n in (1, 2)]
+    direct = [{"local": "mlx5_1", "remote": "mlx5_0"}, {"local": "mlx5_0", "remote": "mlx5_1"}]
+    table = load(tmp_path, {"all": works, "direct": direct})
+    assert table.best(1, 0) == (("mlx5_1", "mlx5_0"), ("mlx5_0", "mlx5_1"))
+    table = load(tmp_path, {"all": works})
+    assert table.best(1, 0) == (("mlx5_0", "mlx5_1"), ("mlx5_0", "mlx5_2"))
 
 
 @pytest.mark.parametrize(
