@@ -235,7 +235,9 @@ class NativeQueuePair(QueuePair):
         self._chain.rejoin(count)
         if not result:
             return count
-        accepted: int = ((self._bad.value or 0) - self._chain.address) // abi.SEND_WR.itemsize
+        # NULL when the doorbell failed, and not a request: rxe's, of a queue pair that is not ready
+        first_refused = self._bad.value or self._chain.address
+        accepted: int = (first_refused - self._chain.address) // abi.SEND_WR.itemsize
         if result == errno.ENOMEM or accepted:
             return accepted
         raise VerbsError(result, f"posting {count} {opcode.name}s to {self._what}")

@@ -158,7 +158,7 @@ class PyVerbsDevice(Device):
         with attempting(f"a queue pair on {self.name} with {caps}"):
             made = calls.qp.QP(self._protection, wanted)
         granted = QueueCaps(*(getattr(wanted.cap, name) for name in abi.CAPS))
-        return PyVerbsQueuePair(made, granted)
+        return PyVerbsQueuePair(made, granted, send.slots)
 
     @override
     def close(self) -> None:

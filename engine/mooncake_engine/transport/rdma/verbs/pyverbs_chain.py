@@ -37,9 +37,6 @@ class Chain:
             self._requests.append(request)
             following = request
         self._requests.reverse()
-        # pyverbs copies the request that was not accepted into this one. Never closed: that
-        # would free the list of the other. LOCAL_INV (6) is an opcode that needs no entry.
-        self.refused = calls.wr.SendWR(opcode=6)
         self._made: list[calls.wr.SendWR | calls.wr.SGE] = []  # for one post alone
 
     def fill(

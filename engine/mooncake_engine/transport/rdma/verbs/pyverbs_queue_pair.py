@@ -23,6 +23,7 @@ from mooncake_engine.transport.rdma.verbs.base import (
 )
 from mooncake_engine.transport.rdma.verbs.pyverbs_calls import attempting
 from mooncake_engine.transport.rdma.verbs.pyverbs_chain import Chain
+from mooncake_engine.transport.rdma.verbs.pyverbs_slots import Slots
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,12 +39,15 @@ _PATH = ("traffic_class", "hop_limit", "flow_label", "sgid_index")
 class PyVerbsQueuePair(QueuePair):
     """A pyverbs QP."""
 
-    def __init__(self, made: calls.qp.QP, caps: QueueCaps) -> None:
+    def __init__(self, made: calls.qp.QP, caps: QueueCaps, slots: dict[int, Slots]) -> None:
+        """Args: slots: of the completion queue of its requests, by queue pair number."""
         self._made: Any = made  # None: closed
         self.number = int(made.qp_num)
         self.caps = caps
         self._what = f"queue pair {self.number}"
         self._chain = Chain(caps.max_send_wr)
+        self._slots = slots[self.number] = Slots(caps.max_send_wr)
+        self._all_slots = slots
 
     @override
     def to_init(self, port: int, pkey_index: int, access: Access) -> None:
@@ -113,27 +117,39 @@ class PyVerbsQueuePair(QueuePair):
         signal_every: int,
         inline: int,
     ) -> int:
-        count: int = rows.stop - rows.start
+        count: int = min(rows.stop - rows.start, self._slots.free)
+        if not count:
+            return 0
+        entries = int(work.sge_count[rows].max())
+        attempted = f"posting {count} {opcode.name}s to {self._what}"
+        if entries > self.caps.max_send_sge:
+            raise VerbsError(
+                errno.EINVAL, f"{attempted} ({entries} entries of {self.caps.max_send_sge})"
+            )
         first = self._chain.fill(
-            opcode, work, rows, lkeys, rkeys, wr_id=wr_id, signal_every=signal_every, inline=inline
+            opcode,
+            work,
+            slice(rows.start, rows.start + count),
+            lkeys,
+            rkeys,
+            wr_id=wr_id,
+            signal_every=signal_every,
+            inline=inline,
         )
         try:
-            return self._post(first, count, wr_id, f"{count} {opcode.name}s")
+            self._post(first, count, signal_every, attempted)
         finally:
             self._chain.release()
-
-    def _post(self, first: calls.wr.SendWR, count: int, wr_id: int, what: str) -> int:
-        refused = self._chain.refused
-        refused.wr_id = wr_id  # a provider that names no request accepted none
-        try:
-            with attempting(f"posting {what} to {self._what}"):
-                self._made.post_send(first, refused)
-        except VerbsError as error:
-            accepted = int(refused.wr_id) - wr_id
-            if error.errno == errno.ENOMEM or accepted:
-                return accepted
-            raise
         return count
+
+    def _post(self, first: calls.wr.SendWR, count: int, signal_every: int, attempted: str) -> None:
+        self._slots.take(count, signal_every)  # first: a completion may come before we return
+        try:
+            with attempting(attempted):
+                self._made.post_send(first)
+        except VerbsError:
+            self._slots.give_back(count, signal_every)
+            raise
 
     @override
     def post_imm(self, imm: int, data: bytes, remote: int, rkey: int, *, wr_id: int) -> None:
@@ -150,8 +166,10 @@ class PyVerbsQueuePair(QueuePair):
         try:
             request.num_sge = 1 if data else 0  # pyverbs makes none without an entry
             request.set_wr_rdma(rkey, remote)
-            with attempting(f"posting a WRITE_WITH_IMM to {self._what}"):
-                self._made.post_send(request)
+            attempted = f"posting a WRITE_WITH_IMM to {self._what}"
+            if not self._slots.free:
+                raise VerbsError(errno.ENOMEM, attempted)
+            self._post(request, 1, 1, attempted)
         finally:
             request.close()
             entry.close()
@@ -174,6 +192,7 @@ class PyVerbsQueuePair(QueuePair):
         if made is not None:
             with attempting(f"closing {self._what}"):
                 made.close()
+            del self._all_slots[self.number]
             self._chain.close()
 
 

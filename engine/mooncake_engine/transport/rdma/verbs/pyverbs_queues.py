@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mooncake_engine.transport.rdma.verbs.pyverbs_slots import Slots
+
 #: Guards the look at this process's descriptors before and after a channel is made.
 _making = threading.Lock()
 
@@ -120,6 +122,7 @@ class PyVerbsCompletionQueue(CompletionQueue):
             self._own.close()
             raise
         self.depth = int(self.queue.cqe)
+        self.slots: dict[int, Slots] = {}  # of the queue pairs that send to here, by number
 
     def take_event(self) -> None:
         """Take and acknowledge one event, which must be there: the call would hold the lock."""
@@ -137,10 +140,23 @@ class PyVerbsCompletionQueue(CompletionQueue):
         with attempting("polling a completion queue"):
             count, found = self.queue.poll(into.size)
         for row, one in enumerate(found):
-            received = one.status == 0 and one.opcode == abi.WC_RECV_RDMA_WITH_IMM
+            received = self._note(one)
             imm = socket.ntohl(one.imm_data)
             into[row] = (one.wr_id, one.status, one.vendor_err, one.qp_num, imm, received, 0)
         return int(count)
+
+    def _note(self, one: calls.cq.WC) -> bool:
+        """Free the places that a completion shows to be free; whether it is a receive's."""
+        slots = self.slots.get(one.qp_num)
+        if one.status:  # its opcode is not valid
+            if slots is not None:
+                slots.failed()
+            return False
+        if one.opcode == abi.WC_RECV_RDMA_WITH_IMM:
+            return True
+        if slots is not None:  # closed meanwhile
+            slots.succeeded()
+        return False
 
     @override
     def close(self) -> None:
