@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import threading
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from mooncake_engine.stats import Key, Totals
     from mooncake_engine.transport.base import Transport
     from mooncake_engine.types import Completion
+
+_log = logging.getLogger(__name__)
 
 
 class TransferEngine:
@@ -105,6 +108,8 @@ class TransferEngine:
                 transport = kind(config, self._regions, self._grants, self.incarnation)
             except PathUnavailable as error:
                 self._not_started[scheme] = str(error)
+                level = logging.INFO if config.protocol == "auto" else logging.WARNING
+                _log.log(level, "this engine goes without %s: %s", scheme, error)
                 continue
             opening.callback(transport.close)
             self.transports[scheme] = transport

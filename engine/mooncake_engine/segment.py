@@ -133,9 +133,10 @@ class Routes(NamedTuple):
             rest = order[len(refusals) + 1 :]
             untried = f"{', '.join(rest)} not tried" if rest else "no other is permitted"
             reason = "; ".join([where, *(refusals or [untried])])
-            if refusals:
-                why = "; ".join(refusals)
-                _log.warning("%s is reached over %s, since %s", peer.name, scheme, why)
+            # What did not start was said when the engine started, once.
+            told = [r for r in refusals if r.partition(":")[0] in self.transports]
+            if told:
+                _log.warning("%s is reached over %s, since %s", peer.name, scheme, "; ".join(told))
             return Route(Path(scheme, reason), link, transport.capabilities)
         raise PathUnavailable(f"no path to {peer.name}: {'; '.join(refusals)}")
 

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 #: scheme -> "module:class", or the class of a transport from elsewhere.
 _known: dict[str, str | type[Transport]] = {
     "shm": "mooncake_engine.transport.shm:ShmTransport",
+    "rdma": "mooncake_engine.transport.rdma:RdmaTransport",
     "tcp": "mooncake_engine.transport.tcp:TcpTransport",
     "loopback": "mooncake_engine.transport.loopback:LoopbackTransport",
 }
 
 #: What `protocol: auto` tries, in order. loopback is for tests and serves only when asked for.
-_auto: list[str] = ["shm", "tcp"]
+_auto: list[str] = ["shm", "rdma", "tcp"]
 
 
 def register_transport(transport: type[Transport]) -> None:

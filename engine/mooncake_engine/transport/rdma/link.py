@@ -1,0 +1,353 @@
+"""One peer over RDMA: its control connection, its keys, the rails to it and their endpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from mooncake_engine.errors import LaneError, PathUnavailable
+from mooncake_engine.topology.rails import NicPair
+from mooncake_engine.transport import sockets
+from mooncake_engine.transport.base import Lane, Link
+from mooncake_engine.transport.rdma import messages
+from mooncake_engine.transport.rdma import rails as rails_module
+from mooncake_engine.transport.rdma.endpoint import Endpoint, Failure, State
+from mooncake_engine.transport.rdma.keys import KeyTable
+from mooncake_engine.transport.rdma.lane import RdmaLane
+from mooncake_engine.transport.rdma.messages import (
+    Accepted,
+    Disconnect,
+    Hello,
+    Keys,
+    Malformed,
+    MessageStream,
+    Proven,
+    Refused,
+    WantKeys,
+    Welcome,
+)
+from mooncake_engine.transport.rdma.rails import Rail
+from mooncake_engine.transport.rdma.verbs.base import VerbsError
+from mooncake_engine.types import Status
+
+if TYPE_CHECKING:
+    from mooncake_engine.transport.rdma.job import Job
+    from mooncake_engine.transport.rdma.rails import Rails
+    from mooncake_engine.transport.rdma.records import RdmaEndpoint
+    from mooncake_engine.transport.rdma.shared import Shared
+
+_log = logging.getLogger(__name__)
+
+#: A failed endpoint's requests complete as flushed within milliseconds; what does not is given up
+#: by destroying its queue pairs.
+_FLUSH_S = 5.0
+#: Less says more about the latency than about the rate.
+_WORTH_NOTING = 256 << 10
+
+
+class RdmaLink(Link):
+    """Safe to call from any thread."""
+
+    #: Each lane has one slice under way; two keep the NIC busy while the other is being posted.
+    lanes = 2
+
+    def __init__(self, shared: Shared, name: str, incarnation: str, peer: RdmaEndpoint) -> None:
+        """Connect to the peer and ask for its keys; endpoints are made when they are needed.
+
+        Raises:
+            PathUnavailable: Nobody there, somebody else, or no pair of NICs that fit.
+        """
+        self.shared = shared
+        self.peer = peer
+        self.name = f"{name} at {sockets.host_port(peer.host, peer.port)}"
+        self.rails: Rails = shared.rails(peer)
+        self._incarnation = incarnation
+        self._lock = threading.Lock()  # guards all below
+        self._gone = ""
+        self._by_token: dict[int, Endpoint] = {}
+        self._failed: list[tuple[Endpoint, float]] = []  # and when it failed
+        self._probing: set[Rail] = set()  # rails that rested and are being tried
+        self._turn = 0
+        self._rate = 0.0
+        self._only: Rail | None = None
+        self._keys: tuple[KeyTable, tuple[str, ...]] | None = None
+        self._keys_wanted: set[Job] = set()
+        self._stream = self._dial()
+        self._reader = threading.Thread(target=self._read, name=f"rdma-control-{name}", daemon=True)
+        self._reader.start()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Start the endpoints that the first transfer will use; waits for none of them."""
+        ours = set(self.shared.registrations.snapshot.locations.tolist()) or {"cpu"}
+        theirs = set(self.keys[1]) or {"cpu"}
+        for rail in {rail for a in ours for b in theirs for rail in self.rails_of(a, b)}:
+            self.endpoint(rail)
+
+    def _dial(self) -> MessageStream:
+        timeout = self.shared.connect_timeout_s
+        try:
+            stream = MessageStream(sockets.dial(self.peer.host, self.peer.port, timeout))
+        except (OSError, ValueError) as failure:
+            raise PathUnavailable(f"cannot connect to {self.name}: {failure}") from failure
+        try:
+            stream.set_patience(timeout)
+            stream.send(Hello(self._incarnation))
+            welcome = stream.receive()
+            if not isinstance(welcome, Welcome):
+                raise Malformed("it did not greet")
+            if welcome.refusal:
+                raise PathUnavailable(f"{self.name} refuses: {welcome.refusal}")
+            stream.send(WantKeys())
+            keys = stream.receive()
+            if not isinstance(keys, Keys):
+                raise Malformed("it did not tell its keys")
+            self._take_keys(keys)
+            stream.set_patience(None)
+        except (OSError, EOFError, Malformed) as failure:
+            stream.close()
+            raise PathUnavailable(f"no greeting from {self.name}: {failure}") from failure
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    @override
+    def open_lane(self) -> Lane:
+        if self._gone:
+            raise LaneError(Status.PEER_GONE, self._gone)
+        return RdmaLane(self)
+
+    @override
+    def close(self) -> None:
+        self._stream.shutdown()
+        self._reader.join()
+        self._stream.close()
+        with self._lock:
+            endpoints = [*self._by_token.values(), *(endpoint for endpoint, _ in self._failed)]
+            self._failed.clear()
+        for endpoint in endpoints:
+            endpoint.close()
+            self.shared.forget(endpoint, self._incarnation)
+
+    @property
+    def gone(self) -> str:
+        """Why the peer is gone; empty while it is there."""
+        return self._gone
+
+    # Keys.
+
+    @property
+    def keys(self) -> tuple[KeyTable, tuple[str, ...]]:
+        """The peer's keys and the location of each row, as last told."""
+        assert self._keys is not None
+        return self._keys
+
+    def _take_keys(self, keys: Keys) -> None:
+        try:
+            table = KeyTable(keys.rows, len(self.peer.devices))
+        except ValueError as bad:
+            raise Malformed(f"its keys cannot be used: {bad}") from bad
+        if len(keys.locations) != len(keys.rows):
+            raise Malformed(f"{len(keys.locations)} locations for {len(keys.rows)} keys")
+        by_address = dict(zip((row.address for row in keys.rows), keys.locations, strict=True))
+        self._keys = table, tuple(by_address[start] for start in table.starts.tolist())
+
+    def ask_for_keys(self, job: Job) -> None:
+        """Ask for the keys again; `job` is woken when they are there."""
+        with self._lock:
+            self._keys_wanted.add(job)
+        self._send(WantKeys())
+
+    # Rails and endpoints.
+
+    def rails_of(self, local: str, remote: str) -> tuple[Rail, ...]:
+        """Rails to use between memory at two locations; none: all of them rest or are tried."""
+        with self._lock:
+            if self._only is not None:
+                return (self._only,)
+            now = time.monotonic()
+            due = self.rails.probes(now)
+            self._probing.update(due)
+            rails = self.rails.choose(local, remote, now)
+        for rail in due:
+            self.endpoint(rail)
+        return rails
+
+    def share(self, rows: slice, rails: tuple[Rail, ...]) -> list[tuple[Rail, slice]]:
+        """Spread requests over rails."""
+        with self._lock:
+            self._turn += 1
+            turn = self._turn
+        shares = rails_module.share(rows.stop - rows.start, rails, turn=turn)
+        return [
+            (rail, slice(rows.start + part.start, rows.start + part.stop)) for rail, part in shares
+        ]
+
+    def nic_pairs(self) -> list[NicPair]:
+        """All pairs of one of our NICs and one of the peer's."""
+        return [
+            NicPair(context.record.name, device.name, device.numa_node)
+            for context in self.shared.contexts
+            for device in self.peer.devices
+        ]
+
+    def restrict(self, pair: NicPair | None) -> None:
+        """Use this pair alone from now on; None: all again. For measuring."""
+        ours = [context.record.name for context in self.shared.contexts]
+        theirs = [device.name for device in self.peer.devices]
+        with self._lock:
+            self._only = (
+                Rail(ours.index(pair.local), theirs.index(pair.remote))
+                if pair is not None
+                else None
+            )
+
+    @property
+    def trying(self) -> bool:
+        """A rail that rested is being tried."""
+        with self._lock:
+            return bool(self._probing)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second of a lane, of late."""
+        return self._rate
+
+    def note_rate(self, nbytes: int, seconds: float) -> None:
+        """A lane moved so much in that time."""
+        if nbytes >= _WORTH_NOTING:
+            self._rate += 0.25 * (nbytes / max(seconds, 1e-6) - self._rate)
+
+    def endpoint(self, rail: Rail) -> Endpoint | None:
+        """The endpoint of a rail, made if there is none; None: it cannot be made, and is down."""
+        with self._lock:
+            endpoint = self.shared.find(rail, self._incarnation)
+            made = endpoint is None
+            if endpoint is None:
+                try:
+                    endpoint = self._make(rail)
+                except VerbsError as error:
+                    self._probing.discard(rail)
+                    self.rails.failed(rail, time.monotonic())
+                    _log.warning("no queue pairs towards %s: %s", self.name, error.strerror)
+                    return None
+                self._by_token[endpoint.token] = endpoint
+                evicted = self.shared.keep(endpoint, self._incarnation)
+        if made:
+            for old in evicted:
+                old.close()
+            self._reap()
+            self._send(endpoint.request())
+        elif endpoint.state is not State.READY and time.monotonic() > endpoint.deadline:
+            endpoint.fail(
+                Failure(
+                    f"{endpoint.name} was not ready within {self.shared.connect_timeout_s:g} s "
+                    f"({endpoint.state.value})",
+                    rail=True,
+                )
+            )
+        return endpoint
+
+    def _make(self, rail: Rail) -> Endpoint:
+        return Endpoint(
+            self.shared.contexts[rail.local],
+            rail,
+            self.peer.devices[rail.remote],
+            deadline=time.monotonic() + self.shared.connect_timeout_s,
+            on_state=self._on_state,
+        )
+
+    def _on_state(self, endpoint: Endpoint, state: State) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._probing.discard(endpoint.rail)
+            if state is State.READY:
+                self.rails.succeeded(endpoint.rail, now)
+                return
+            self.shared.forget(endpoint, self._incarnation)
+            self._by_token.pop(endpoint.token, None)
+            self._failed.append((endpoint, now))
+            failure = endpoint.failure
+            if failure is not None and failure.rail:
+                self.rails.failed(endpoint.rail, now)
+                _log.warning("a rail to %s failed: %s", self.name, failure.reason)
+        self._send(Disconnect(endpoint.token))
+
+    def _reap(self) -> None:
+        """Destroy failed endpoints whose requests have come back, or never will."""
+        now = time.monotonic()
+        with self._lock:
+            ripe = [e for e, since in self._failed if e.idle or now - since > _FLUSH_S]
+            self._failed = [entry for entry in self._failed if entry[0] not in ripe]
+        for endpoint in ripe:
+            endpoint.close()
+
+    def reap(self) -> None:
+        """As `_reap`; for a lane that waits for its requests to come back."""
+        self._reap()
+
+    # The control connection.
+
+    def _send(self, message: messages.Message) -> None:
+        try:
+            self._stream.send(message)
+        except OSError as failure:
+            self._lost(f"{self.name} is gone: its control connection broke ({failure})")
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._take(self._stream.receive())
+        except EOFError:
+            self._lost(f"{self.name} is gone: it closed its control connection")
+        except (OSError, Malformed) as failure:
+            self._lost(f"{self.name} is gone: its control connection ended ({failure})")
+        except Exception as bug:  # noqa: BLE001 - else the peer would be waited for in silence
+            _log.exception("reading what %s says failed", self.name)
+            self._lost(f"reading what {self.name} says failed: {bug!r}")
+
+    def _take(self, message: messages.Message) -> None:
+        match message:
+            case Accepted(token=token) | Refused(token=token) | Proven(token=token):
+                with self._lock:
+                    endpoint = self._by_token.get(token)
+                if endpoint is not None:  # else it failed meanwhile
+                    _tell(endpoint, message)
+            case Keys():
+                self._take_keys(message)
+                with self._lock:
+                    wanted, self._keys_wanted = self._keys_wanted, set()
+                for job in wanted:
+                    job.wake()
+            case other:
+                raise Malformed(f"it sent a {type(other).__name__}, which initiators do not take")
+
+    def _lost(self, reason: str) -> None:
+        with self._lock:
+            if self._gone:
+                return
+            self._gone = reason
+            endpoints = list(self._by_token.values())
+            wanted, self._keys_wanted = self._keys_wanted, set()
+        with contextlib.suppress(OSError):
+            self._stream.shutdown()
+        for endpoint in endpoints:
+            endpoint.fail(Failure(reason, rail=False))
+        for job in wanted:
+            job.wake()
+
+
+def _tell(endpoint: Endpoint, message: Accepted | Refused | Proven) -> None:
+    match message:
+        case Accepted():
+            endpoint.accepted(message)
+        case Proven(queue=queue):
+            endpoint.proven(queue)
+        case Refused(reason=reason):
+            endpoint.fail(Failure(f"{endpoint.name} was refused: {reason}", rail=True))
