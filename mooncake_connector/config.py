@@ -1,23 +1,28 @@
 """The connector's settings, and the one place that reads the file and the environment.
 
-Sources, later wins: defaults < file < environment < `kv_connector_extra_config`.
+Sources, later wins: defaults < file < TENT's JSON (`MC_TENT_CONF`) < other variables <
+`kv_connector_extra_config`.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import ipaddress
-import json
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from mooncake_engine.config import EngineConfig, Port, Seconds
 from mooncake_engine.errors import ConfigError
 
-from mooncake_connector import config_fields, config_legacy, env_table
+from mooncake_connector import (
+    config_checks,
+    config_fields,
+    config_file,
+    config_legacy,
+    config_tent,
+    env_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,51 +89,17 @@ def load_config(
     unused: dict[str, list[str]] = {}
     path = path or environ.get(env_table.CONFIG_PATH)
     if path:
-        _apply_tree(_read(path), path, values, origins, unused)
-    renamed = _apply_environment(environ, values, origins, unused)
+        remedy = "; `mooncake-connector config init` writes one with every default"
+        _apply_tree(config_file.read(path, remedy), path, values, origins, unused)
+    tent = environ.get(env_table.TENT_CONF, "").strip()
+    if tent:
+        _apply_tent(tent, values, origins, unused)
+    remarks = _apply_environment(environ, values, origins, unused)
     _apply_tree(extra or {}, EXTRA, values, origins, unused)
     config = config_fields.build(ConnectorConfig, values)
-    _check_together(config)
+    config_checks.check_together(config)
     notices = [f"not applied: {', '.join(names)} ({why})" for why, names in unused.items()]
-    return LoadedConfig(config, origins, renamed + notices)
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_bytes().decode()
-        tree = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-    except OSError as exc:
-        raise ConfigError(
-            f"cannot read the configuration file {path}: {exc.strerror}; "
-            "`mooncake-connector config init` writes one with every default"
-        ) from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path} is not UTF-8 (byte {exc.start})") from exc
-    except json.JSONDecodeError as exc:
-        hint = ""
-        if text[exc.pos :].lstrip().startswith(("//", "/*", "#")):
-            hint = "; JSON has no comments, remove them"
-        raise ConfigError(
-            f"{path}, line {exc.lineno}, column {exc.colno}: {exc.msg}{hint}"
-        ) from exc
-    except ConfigError as exc:
-        raise ConfigError(f"{path}: {exc}") from exc
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {tree!r:.60}; expected one object of settings")
-    return tree
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ConfigError(f"{key!r} is given twice; keep one")
-        found[key] = value
-    return found
-
-
-def _constant(text: str) -> NoReturn:
-    raise ConfigError(f"{text} is not a JSON number")
+    return LoadedConfig(config, origins, remarks + notices)
 
 
 def _apply_tree(
@@ -143,6 +114,8 @@ def _apply_tree(
     for name in old.rest:
         if "." not in name and not any(field.split(".")[0] == name for field in FIELDS):
             hint = config_fields.nearest(name, known)
+            if name == "transports":
+                hint = f"; TENT's JSON is named by {env_table.TENT_CONF}"
             raise ConfigError(f"{source}: unknown setting {name!r}{hint}")
     flat = config_fields.flatten(old.rest, FIELDS, source)
     for name, value in old.settings.items():
@@ -154,6 +127,20 @@ def _apply_tree(
         unused.setdefault(why, []).append(name)
 
 
+def _apply_tent(
+    conf: str, values: dict[str, Any], origins: dict[str, str], unused: dict[str, list[str]]
+) -> None:
+    inline = conf.startswith("{")
+    source = env_table.TENT_CONF if inline else conf
+    tree = config_file.parse(conf, source) if inline else config_file.read(conf)
+    tent = config_tent.translate(tree, source)
+    for name, value in tent.settings.items():
+        values[name] = config_fields.check(name, value, FIELDS[name].type, source)
+        origins[name] = source
+    for name, why in tent.not_applied.items():
+        unused.setdefault(why, []).append(name)
+
+
 def _apply_environment(
     environ: Mapping[str, str],
     values: dict[str, Any],
@@ -162,26 +149,33 @@ def _apply_environment(
 ) -> list[str]:
     # An empty variable is an unset one: that is how shells and manifests take one back.
     texts = {name: text for name, text in environ.items() if text.strip()}
-    renamed = []
+    remarks = []
+    seen: dict[str, Any] = {}
     for variable in env_table.VARIABLES:
         if (text := texts.get(variable.name)) is None:
             continue
         value = config_fields.check_text(variable.name, text, variable.type, "environment")
+        seen[variable.name] = value
         for name, setting in variable.settings(value).items():
             values[name] = config_fields.check(name, setting, FIELDS[name].type, variable.name)
             origins[name] = variable.name
-        if variable.instead:
-            renamed.append(
-                f"{variable.name} is applied; it is an old misspelling of {variable.instead}"
-            )
+        if variable.remark:
+            remarks.append(f"{variable.name} is applied; {variable.remark}")
+    for first, second in env_table.OPPOSITES:
+        if seen.get(first) and seen.get(second):
+            raise ConfigError(f"{first} and {second} are both on; unset one")
     for name in sorted(texts):
         why = _why_unused(name)
         if why:
             unused.setdefault(why, []).append(name)
-    return renamed
+    return remarks
 
 
-_HONOURED = {env_table.CONFIG_PATH, *(variable.name for variable in env_table.VARIABLES)}
+_HONOURED = {
+    env_table.CONFIG_PATH,
+    env_table.TENT_CONF,
+    *(variable.name for variable in env_table.VARIABLES),
+}
 
 
 def _why_unused(name: str) -> str:
@@ -208,48 +202,3 @@ def _why_unused(name: str) -> str:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_together(config: ConnectorConfig) -> None:
-    metadata, tcp = config.engine.metadata, config.engine.tcp
-    for section, low, high in (
-        ("engine.tcp.{}_port", tcp.min_port, tcp.max_port),
-        ("engine.metadata.p2p_{}_port", metadata.p2p_min_port, metadata.p2p_max_port),
-    ):
-        if low > high or (low == 0) != (high == 0):
-            raise ConfigError(
-                f"{section.format('min')} is {low} and {section.format('max')} is {high}; "
-                "expected min <= max, or 0 in both for any port"
-            )
-    if config.heartbeat_interval_s >= config.peer_dead_after_s:
-        raise ConfigError(
-            f"heartbeat_interval_s is {config.heartbeat_interval_s:g} but peer_dead_after_s is "
-            f"{config.peer_dead_after_s:g}; the interval must be shorter, 5 beats are usual"
-        )
-    if metadata.backend == "etcd" and not metadata.endpoints:
-        raise ConfigError(
-            "engine.metadata.backend is 'etcd' but engine.metadata.endpoints is empty; "
-            'name at least one "host:2379"'
-        )
-    if metadata.endpoints and metadata.backend != "etcd":
-        raise ConfigError(
-            f"engine.metadata.endpoints is {list(metadata.endpoints)} but engine.metadata.backend "
-            f"is {metadata.backend!r}; set the backend to 'etcd' or remove the endpoints"
-        )
-    for first, second in (("client_cert", "client_key"), ("username", "password")):
-        if bool(getattr(metadata, first)) != bool(getattr(metadata, second)):
-            raise ConfigError(f"engine.metadata.{first} and {second} go together; set both")
-    if metadata.client_cert and not metadata.ca_cert:
-        raise ConfigError("engine.metadata.client_cert is set but ca_cert is empty; set ca_cert")
-    if _is_wildcard(config.engine.host):
-        raise ConfigError(
-            f"engine.host is {config.engine.host!r}, which no peer can connect to; name an address "
-            "of this machine (to listen on all, set engine.tcp.bind_address)"
-        )
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False

@@ -170,6 +170,8 @@ def describe(kind: Any) -> str:  # noqa: ANN401  # an annotation
             return "one of " + ", ".join(repr(value) for value in values)
         case inspect.VarTupleType(item_type=inspect.StrType()):
             return "a list of strings"
+        case inspect.DictType():
+            return "an object"
         case inspect.StrType(pattern=str(pattern)):
             return f"a string like {pattern}"
         case _:

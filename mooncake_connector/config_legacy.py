@@ -38,7 +38,6 @@ NOT_APPLIED = {
         ("num_workers", "bootstrap_server_address", "prefill_side_swa_replay"),
         "it belongs to vLLM's own MooncakeConnector",
     ),
-    "device_name": "it chooses an RDMA device, and this version has no RDMA transport",
 }
 _TRANSLATED = (
     "metadata_server",
@@ -46,6 +45,7 @@ _TRANSLATED = (
     "protocol",
     "mooncake_protocol",
     "local_hostname",
+    "device_name",
 )
 NAMES = (*_TRANSLATED, *NOT_APPLIED)
 
@@ -77,8 +77,11 @@ def translate(tree: Mapping[str, object], source: str) -> Translation:
             settings |= protocol(texts[key], f"{source}: {key}")
     if texts.get("local_hostname"):
         settings |= local_hostname(texts["local_hostname"])
+    # Empty in every tcp example: then it asks for nothing.
+    if texts.get("device_name"):
+        settings |= device_name(texts["device_name"])
     rest = {key: value for key, value in tree.items() if key not in NAMES}
-    # An empty value asks for nothing: `"device_name": ""` is in every tcp example.
+    # An empty value asks for nothing.
     unused = {key: why for key, why in NOT_APPLIED.items() if tree.get(key) not in (None, "")}
     return Translation(rest, settings, unused)
 
@@ -111,6 +114,12 @@ def local_hostname(text: str) -> dict[str, Any]:
     if colon and port.isdigit() and (":" not in host or host.startswith("[")):
         text = host
     return {"engine.host": text.strip("[]")}
+
+
+def device_name(text: str, field: str = "devices") -> dict[str, Any]:
+    """`mlx5_0,mlx5_1`, or `auto-discovery` for all."""
+    names = [] if text == "auto-discovery" else [part.strip() for part in text.split(",")]
+    return {f"engine.rdma.{field}": [name for name in names if name]}
 
 
 def _metadata(server: str, backend: str, source: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class RdmaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     port: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
     gid_index: Annotated[int, msgspec.Meta(ge=-1, le=255)] = -1  # -1: chosen by type and family
     pkey_index: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
-    topology_file: str = ""  # JSON of a priority matrix, instead of what sysfs tells
+    topology_file: str = ""  # a priority matrix, or the path of one, instead of what sysfs tells
     rail_topology_file: str = ""  # measured pairs of NICs, from `mooncake-connector topology`
     path_round_robin: bool = False  # deal slices to rails in turn, not in contiguous shares
     dest_device_affinity: bool = False  # prefer the peer's NIC of the same name
@@ -80,7 +80,7 @@ class RdmaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     # One NIC.
     num_cq: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
     num_comp_channels: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
-    max_cqe: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4096
+    max_cqe: Annotated[int, msgspec.Meta(ge=2, le=65535)] = 4096  # of which probes have a few
     num_workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2  # threads that await completions
     poll_us: Annotated[float, msgspec.Meta(ge=0, le=50_000)] = 50.0  # polled before it is slept on
     max_outstanding: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 4096  # work requests

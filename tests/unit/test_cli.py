@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def run(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The command, with this machine's environment but for Mooncake's variables."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MC_", "MOONCAKE_"))}
+    ours = ("MC_", "MOONCAKE_", "NCCL_", "WITH_NVIDIA_PEERMEM")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return subprocess.run(
         [sys.executable, "-m", "mooncake_connector", *arguments],
         cwd=folder,
@@ -59,7 +60,8 @@ def test_check_shows_values_origins_and_notices_but_no_password(tmp_path: Path) 
         "check",
         MOONCAKE_CONFIG_PATH="mooncake.json",
         MC_TCP_LANES_PER_PEER="7",
-        MC_IB_PORT="1",
+        MC_HANDSHAKE_PORT="1",
+        MC_IB_PORT="2",
     )
     assert done.returncode == 0, done.stderr
     rows = {
@@ -71,7 +73,8 @@ def test_check_shows_values_origins_and_notices_but_no_password(tmp_path: Path) 
     assert rows["engine.metadata.endpoints"] == ('["[fe80::1]:2379"]', "mooncake.json")
     assert rows["engine.metadata.password"] == ("***", "mooncake.json")
     assert rows["engine.host"] == ('""', "default")
-    assert "not applied: MC_IB_PORT (RDMA" in done.stdout
+    assert rows["engine.rdma.port"] == ("2", "MC_IB_PORT")
+    assert "not applied: MC_HANDSHAKE_PORT (queue pairs are exchanged over" in done.stdout
     assert "hunter2" not in done.stdout
 
 

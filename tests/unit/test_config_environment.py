@@ -31,6 +31,8 @@ def changed(environ: dict[str, str]) -> dict[str, object]:
             {
                 "engine.tcp.min_port": 16000,
                 "engine.tcp.max_port": 16100,
+                "engine.rdma.min_port": 16000,
+                "engine.rdma.max_port": 16100,
                 "engine.metadata.p2p_min_port": 16000,
                 "engine.metadata.p2p_max_port": 16100,
             },
@@ -124,8 +126,8 @@ def test_a_variable_that_nobody_knows_is_refused() -> None:
 def test_known_variables_of_other_parts_are_named_once_each_group_in_a_line() -> None:
     loaded = load_config(
         environ={
-            "MC_IB_PORT": "1",
-            "MC_GID_INDEX": "3",
+            "MC_MLX5_QP_UDP_SPORTS": "1",
+            "MC_MLX5_QP_LAG_PORT_BALANCE": "1",
             "MC_STORE_MEMCPY": "1",
             "MOONCAKE_MASTER": "h:50051",
             "MOONCAKE_SOMETHING_NEW": "1",
@@ -133,7 +135,8 @@ def test_known_variables_of_other_parts_are_named_once_each_group_in_a_line() ->
     )
     assert loaded.config == ConnectorConfig()
     assert loaded.notices == [
-        "not applied: MC_GID_INDEX, MC_IB_PORT (RDMA, and this version has no RDMA transport)",
+        "not applied: MC_MLX5_QP_LAG_PORT_BALANCE, MC_MLX5_QP_UDP_SPORTS "
+        "(it needs the verbs of one vendor, and only those that all NICs have are used)",
         "not applied: MC_STORE_MEMCPY, MOONCAKE_MASTER, MOONCAKE_SOMETHING_NEW "
         "(another part of Mooncake, such as its store)",
     ]

@@ -105,13 +105,11 @@ def test_the_old_host_name_drops_its_port(text: str, host: str) -> None:
 
 
 def test_settings_of_the_store_and_of_other_connectors_are_named_once() -> None:
-    extra = {"global_segment_size": 1, "tenant_id": "", "num_workers": 10, "device_name": "mlx5_0"}
+    extra = {"global_segment_size": 1, "tenant_id": "", "num_workers": 10}
     loaded = load_config(environ={}, extra=extra)
     assert loaded.notices == [
         "not applied: global_segment_size (it belongs to the Mooncake store)",
         "not applied: num_workers (it belongs to vLLM's own MooncakeConnector)",
-        "not applied: device_name "
-        "(it chooses an RDMA device, and this version has no RDMA transport)",
     ]
 
 

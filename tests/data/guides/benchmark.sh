@@ -1,0 +1,10 @@
+# Slice 粒度控制
+export MC_SLICE_SIZE=65536 # 默认 64KB
+# 传输引擎参数
+export MC_NUM_CQ_POLL_THREADS=2
+export MC_MAX_BATCH_SIZE=128
+export MC_ASYNC_TRANSFER_LIMIT=1000
+# RDMA 调优
+export MC_RDMA_MAX_WR_DEPTH=128
+export MC_RDMA_MAX_SGE=1
+export MC_RDMA_QP_COUNT=4
