@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from harness.verbs_sides import CAPS, LIMITS, Side, binding
 from mooncake_engine.transport.rdma.verbs.base import COMPLETION, Opcode, VerbsError
-from verbs_sides import CAPS, LIMITS, Side, binding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness.verbs_sides import CAPS, LIMITS, REMOTE, Side, binding
 from mooncake_engine.transport.rdma.verbs.base import Access, Opcode, Verbs, VerbsError
-from verbs_sides import CAPS, LIMITS, REMOTE, Side, binding
 
 SYSFS = Path("/sys/class/infiniband")
 RTS = 3

@@ -224,6 +224,7 @@ class QpAttr(ctypes.Structure):
             )
         ),
         ("rate_limit", _U32),
+        ("pad", _U8 * 4),  # of a structure that holds 64-bit GIDs; a provider may clear it whole
     )
 
 

@@ -1,4 +1,4 @@
-"""Two ends of a queue pair by a verbs binding, for the tests that run over real devices."""
+"""Two ends of a queue pair by a verbs binding, over real devices: for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Side:
             is_global=True,
         )
         self.pair.to_init(1, 0, REMOTE)
-        self.pair.to_rtr(remote._replace(**changes))
+        self.pair.to_rtr(RemoteQueue(**{**remote._asdict(), **changes}))
         self.pair.to_rts(limits._replace(sq_psn=self.psn))
 
     def work(self, peer: Side, rows: Sequence[Row]) -> Work:
@@ -163,6 +163,7 @@ class Side:
         return found[:count]
 
     def close(self) -> None:
+        """All of it, children first; idempotent."""
         self._stack.close()
 
     def __enter__(self) -> Self:
