@@ -157,6 +157,8 @@ def _apply_environment(
         value = config_fields.check_text(variable.name, text, variable.type, "environment")
         seen[variable.name] = value
         for name, setting in variable.settings(value).items():
+            if variable.fallback and origins[name] != "default":
+                continue
             values[name] = config_fields.check(name, setting, FIELDS[name].type, variable.name)
             origins[name] = variable.name
         if variable.remark:

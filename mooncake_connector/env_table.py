@@ -29,6 +29,7 @@ class Variable(NamedTuple):
     type: Any  # what its text must be
     settings: Callable[[Any], dict[str, Any]]  # its value -> dotted settings
     remark: str = ""  # what to say of it when it is met: "it is an old misspelling of ..."
+    fallback: bool = False  # meant for another program: counts where no source of ours says
 
 
 def _sets(*names: str) -> Callable[[Any], dict[str, Any]]:
@@ -77,7 +78,7 @@ RDMA = (
     Variable("MC_TE_FILTERS", str, _devices("devices")),
     Variable("MC_TE_FILTERS_EXCLUDE", str, _devices("devices_excluded")),
     _rdma("MC_IB_PORT", _int(1, 255), "port"),
-    _rdma("NCCL_IB_GID_INDEX", _GidIndex, "gid_index"),
+    _rdma("NCCL_IB_GID_INDEX", _GidIndex, "gid_index")._replace(fallback=True),
     _rdma("MC_GID_INDEX", _GidIndex, "gid_index"),
     _rdma("MC_PKEY_INDEX", _int(0, 65535), "pkey_index"),
     _rdma("MC_CUSTOM_TOPO_JSON", _Text, "topology_file"),

@@ -175,6 +175,13 @@ def test_what_contradicts_itself_or_is_not_in_the_list_is_refused(
     assert message in str(caught.value)
 
 
+def test_nccls_gid_index_counts_only_where_no_source_of_ours_says_one() -> None:
+    tent = {"MC_TENT_CONF": '{"transports/rdma/device/gid_index": 0}'}
+    assert rdma({"NCCL_IB_GID_INDEX": "3"}) == {"gid_index": 3}
+    assert rdma({"NCCL_IB_GID_INDEX": "3", **tent}) == {"gid_index": 0}
+    assert rdma({"NCCL_IB_GID_INDEX": "3", **tent, "MC_GID_INDEX": "1"}) == {"gid_index": 1}
+
+
 def test_a_send_queue_shorter_than_the_longest_post_is_fine() -> None:
     assert rdma({"MC_MAX_WR": "64"}) == {"max_wr": 64}
 
