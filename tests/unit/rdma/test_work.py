@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mooncake_engine import Op
 from mooncake_engine.transport.rdma.keys import KeyRow, KeyTable
+from mooncake_engine.transport.rdma.rails import Rail, share
 from mooncake_engine.transport.rdma.work import Cut, Unregistered, cut
 from mooncake_engine.types import Slice, uint64s
 
@@ -247,3 +248,13 @@ def test_the_first_run_outside_registered_memory_is_named(case: Case, data: st.D
     assert (raised.value.side, raised.value.address) == (side, hit[0][column])
     assert raised.value.length == hit[0][2]
     assert f"{hit[0][2]} bytes at {hit[0][column]:#x}" in str(raised.value)
+
+
+@given(st.integers(1, 100), st.integers(1, 9))
+def test_the_share_of_a_rail_in_what_was_dealt_is_every_nth_request(count: int, ways: int) -> None:
+    runs = [(LOCAL + i * KIB, REMOTE + 2 * i * KIB, i + 1) for i in range(count)]
+    made = Case(runs, OURS, THEIRS, KIB, 4, max_sge=1).cut()
+    shares = share(count, [Rail(i, i) for i in range(ways)], turn=0)
+    dealt = made.dealt(len(shares))
+    for way, (_, part) in enumerate(shares):
+        assert dealt.nbytes[part].tolist() == made.nbytes[way :: len(shares)].tolist()

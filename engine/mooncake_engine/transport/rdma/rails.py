@@ -11,7 +11,8 @@ a usable one share the work:
 
 A rail that failed rests for `pause_s`, and then carries one request that proves it before it
 carries others. When whole tiers have failed, a NIC that failed with two partners is not tried with
-a third: of 8 NICs on either side of a dead switch each would cost a time-out with 8 others.
+a third: of 8 NICs on either side of a dead switch each would cost a time-out with 8 others. Those
+rails rest untried, and are probed like the others.
 
 The caller locks; times are monotonic seconds.
 """
@@ -45,11 +46,12 @@ Tiers = tuple[tuple[Rail, ...], ...]
 
 
 class _Resting:
-    """A rail that failed."""
+    """A rail that failed, or would have."""
 
-    __slots__ = ("claimed_until", "until")
+    __slots__ = ("claimed_until", "tried", "until")
 
-    def __init__(self, until: float) -> None:
+    def __init__(self, until: float, *, tried: bool) -> None:
+        self.tried = tried
         self.until = until  # it may be probed then
         self.claimed_until = until  # somebody has the probe until then
 
@@ -95,21 +97,25 @@ class Rails:
         self._tiers: dict[tuple[str, str], Tiers] = {}
         self._errors: dict[Rail, deque[float]] = {}  # of rails that are up
         self._resting: dict[Rail, _Resting] = {}
+        self._proven: set[Rail] = set()  # have worked since they last failed
 
     def choose(self, local_location: str, remote_location: str, now: float) -> tuple[Rail, ...]:
         """The rails that share a slice between these memories; empty when none is usable."""
         failures: Counter[tuple[int, int]] = Counter()  # by (0: ours, 1: the peer's; place)
         for tier in self.tiers(local_location, remote_location):
-            awake = tuple(rail for rail in tier if rail not in self._resting)
+            awake = [rail for rail in tier if rail not in self._resting]
             usable = tuple(
-                rail for rail in awake if max(failures[end] for end in enumerate(rail)) < _PARTNERS
+                rail
+                for rail in awake
+                if rail in self._proven or max(failures[end] for end in enumerate(rail)) < _PARTNERS
             )
             if usable:
                 return usable
             for rail in awake:
-                self._rest(rail, now)
+                self._rest(rail, now, tried=False)
             for rail in tier:
-                failures.update(enumerate(rail))
+                if self._resting[rail].tried:
+                    failures.update(enumerate(rail))
         return ()
 
     def probes(self, now: float) -> tuple[Rail, ...]:
@@ -127,12 +133,12 @@ class Rails:
         resting = self._resting.get(rail)
         if resting is not None:
             if now >= resting.until:  # it was the probe; before, what was under way fails as well
-                self._rest(rail, now)
+                self._rest(rail, now, tried=True)
             return
         errors = self._errors.setdefault(rail, deque(maxlen=self._error_threshold))
         errors.append(now)
         if len(errors) == self._error_threshold and now - errors[0] <= self._error_window_s:
-            self._rest(rail, now)
+            self._rest(rail, now, tried=True)
 
     def succeeded(self, rail: Rail, now: float) -> None:
         """Requests have moved over this rail."""
@@ -141,6 +147,7 @@ class Rails:
             if now < resting.until:  # it was sent before the failure
                 return
             del self._resting[rail]
+        self._proven.add(rail)
 
     def state(self, rail: Rail, now: float) -> RailState:
         """For people: "probing" has rested enough, and waits for its proof."""
@@ -179,9 +186,10 @@ class Rails:
         turn = itertools.cycle(left)
         return [Rail(nic, next(turn) if peer is None else peer) for nic, peer in named.items()]
 
-    def _rest(self, rail: Rail, now: float) -> None:
+    def _rest(self, rail: Rail, now: float, *, tried: bool) -> None:
         self._errors.pop(rail, None)
-        self._resting[rail] = _Resting(now + self._pause_s)
+        self._proven.discard(rail)
+        self._resting[rail] = _Resting(now + self._pause_s, tried=tried)
 
 
 def share(count: int, rails: Sequence[Rail], *, turn: int) -> list[tuple[Rail, slice]]:
