@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import threading
@@ -36,7 +37,7 @@ def provider() -> Provider:
 
 def _registrations(provider: Provider, devices: int = 2, **settings: int) -> Registrations:
     config = RdmaConfig(**settings)  # type: ignore[arg-type]  # checked by each test's numbers
-    gpu = Gpu(config, library="libcuda-missing.so", sysfs=Path("/nonexistent"))
+    gpu = Gpu(config, load=lambda name: ctypes.CDLL(f"missing-{name}"), sysfs=Path("/nonexistent"))
     return Registrations([StubDevice(provider, f"nic{i}") for i in range(devices)], config, gpu)
 
 

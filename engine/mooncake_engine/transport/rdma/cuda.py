@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _int, _pointer, _size, _u64 = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong
 
 _Result = TypeVar("_Result", ctypes.c_int, ctypes.c_void_p)
 
+_LIBRARY = "libcuda.so.1"
 _DMA_BUF_FD = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 _OF_CURRENT_CONTEXT = 0  # CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX
 TO_OWNER = 100  # CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER, also as a level of native ordering
@@ -52,7 +53,6 @@ class CudaError(Exception):
 class Attribute(enum.IntEnum):
     """CU_DEVICE_ATTRIBUTE_*."""
 
-    GPU_DIRECT_RDMA_SUPPORTED = 116
     GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS = 117  # bit 0: cuFlushGPUDirectRDMAWrites works
     GPU_DIRECT_RDMA_WRITES_ORDERING = 118  # TO_OWNER or more: no flush is needed
     DMA_BUF_SUPPORTED = 124
@@ -61,19 +61,19 @@ class Attribute(enum.IntEnum):
 class Driver:
     """libcuda, initialised. GPUs are numbered as in "cuda:N". Safe from any thread."""
 
-    def __init__(self, library: str = "libcuda.so.1") -> None:
-        """Raises `CudaError`: not installed, too old, or no GPU."""
+    def __init__(self, load: Callable[[str], Any] = ctypes.CDLL) -> None:
+        """Load libcuda by `load`. Raises `CudaError`: not installed, too old, or no GPU."""
         try:
-            self._library = ctypes.CDLL(library)
+            self._library = load(_LIBRARY)
         except OSError as error:
-            raise CudaError(f"{library} cannot be loaded ({error})") from error
+            raise CudaError(f"{_LIBRARY} cannot be loaded ({error})") from error
         for name, arguments in _FUNCTIONS.items():
             try:
                 function = getattr(self._library, name)
             except AttributeError as error:
                 if name in _OPTIONAL:
                     continue
-                raise CudaError(f"{library} has no {name}") from error
+                raise CudaError(f"{_LIBRARY} has no {name}") from error
             function.restype, function.argtypes = _int, arguments
         self._call("cuInit", 0)
 
@@ -143,7 +143,7 @@ class Driver:
     def _call(self, name: str, *arguments: object) -> None:
         function = getattr(self._library, name, None)
         if function is None:
-            raise CudaError(f"libcuda.so.1 has no {name}; {_OPTIONAL[name]} has")
+            raise CudaError(f"{_LIBRARY} has no {name}; {_OPTIONAL[name]} has")
         result = function(*arguments)
         if result:
             texts = [ctypes.c_char_p(), ctypes.c_char_p()]

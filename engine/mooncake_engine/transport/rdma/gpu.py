@@ -7,19 +7,22 @@ of verbs: without one of them `ibv_reg_mr` of such an address fails with EFAULT.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import logging
 import mmap
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mooncake_engine.errors import LaneError, PathUnavailable
 from mooncake_engine.transport.rdma.cuda import TO_OWNER, Attribute, CudaError, Driver
 from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mooncake_engine.config import RdmaConfig
     from mooncake_engine.transport.rdma.verbs.base import Access, Device, MemoryRegion
 
@@ -54,11 +57,15 @@ class Gpu:
     """
 
     def __init__(
-        self, config: RdmaConfig, *, library: str = "libcuda.so.1", sysfs: Path = Path("/sys")
+        self,
+        config: RdmaConfig,
+        *,
+        load: Callable[[str], Any] = ctypes.CDLL,
+        sysfs: Path = Path("/sys"),
     ) -> None:
-        """Args: library, sysfs: others in tests."""
+        """Args: load, sysfs: where libcuda and the kernel's modules are found; others in tests."""
         self._peermem_wanted = config.nvidia_peermem
-        self._library = library
+        self._load = load
         self._sysfs = sysfs
         self._lock = threading.Lock()  # guards _asked
         self._asked: _Found | None = None
@@ -144,7 +151,7 @@ class Gpu:
     def _look(self) -> _Found:
         module = next((m for m in _MODULES if (self._sysfs / "module" / m).exists()), None)
         try:
-            driver = Driver(self._library)
+            driver = Driver(self._load)
             gpus = range(driver.count())
             exports = all(driver.attribute(gpu, Attribute.DMA_BUF_SUPPORTED) for gpu in gpus)
             unordered = frozenset(gpu for gpu in gpus if _unordered(driver, gpu))
