@@ -107,9 +107,10 @@ class TransferEngine:
             try:
                 transport = kind(config, self._regions, self._grants, self.incarnation)
             except PathUnavailable as error:
-                self._not_started[scheme] = str(error)
+                # The text: whoever keeps a log record of the error keeps its frames, and memory.
+                self._not_started[scheme] = why = str(error)
                 level = logging.INFO if config.protocol == "auto" else logging.WARNING
-                _log.log(level, "this engine goes without %s: %s", scheme, error)
+                _log.log(level, "this engine goes without %s: %s", scheme, why)
                 continue
             opening.callback(transport.close)
             self.transports[scheme] = transport

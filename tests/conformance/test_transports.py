@@ -89,4 +89,4 @@ def test_auto_takes_shm_on_one_machine_and_says_so() -> None:
     with pair_of("auto", "child", conformance.MIB) as pair:
         conformance.adjacent_runs_travel_as_one(pair)
         assert pair.open().path.scheme == "shm"
-        assert pair.open().path.reason == "same machine; tcp not tried"
+        assert pair.open().path.reason == "same machine; rdma, tcp not tried"
