@@ -7,8 +7,6 @@ all V) and addresses it by page or row number, so every layer is one dense piece
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -19,6 +17,7 @@ from sglang.srt.runtime_context import get_device, get_parallel
 
 from mooncake_connector.errors import UnsupportedCache
 from mooncake_connector.layout import CacheLayout, CacheSpec, GroupSpec, LayerLayout
+from mooncake_connector.model_digest import model_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -59,7 +58,10 @@ def describe(
     layouts.append(_layers(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens))
     spec = CacheSpec(
         model=server_args.model_path.rstrip("/").rpartition("/")[2],
-        model_digest=_digest(model),
+        model_digest=model_digest(
+            model.hf_config.to_dict(),
+            {"sglang.quantization": str(model.quantization), "sglang.dtype": str(model.dtype)},
+        ),
         revision=server_args.revision or "",
         dtype=args.kv_cache_dtype_str,
         page_size=args.page_size,
@@ -150,14 +152,3 @@ def _numbered(what: str, numbers: Iterable[int]) -> list[str]:
         names.append(f"{what} {number} part {seen[number]}")
         seen[number] += 1
     return names
-
-
-def _digest(model: ModelConfig) -> str:
-    """Hash of what the KV depends on beside weights and prompt; paths and versions are left out."""
-    config = model.hf_config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(name, None)
-    config["sglang.quantization"] = str(model.quantization)
-    config["sglang.dtype"] = str(model.dtype)
-    text = json.dumps(config, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
 
 from mooncake_connector.errors import UnsupportedCache
 from mooncake_connector.layout import CacheLayout, CacheSpec, GroupSpec, LayerLayout, layer_layout
+from mooncake_connector.model_digest import model_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +61,10 @@ def describe(
     dtype = vllm_config.cache_config.cache_dtype
     spec = CacheSpec(
         model=model.model.rstrip("/").rpartition("/")[2],
-        model_digest=_digest(vllm_config),
+        model_digest=model_digest(
+            model.hf_config.to_dict(),
+            {"vllm.quantization": str(model.quantization), "vllm.dtype": str(model.dtype)},
+        ),
         revision=model.revision or "",
         dtype=str(model.dtype).removeprefix("torch.") if dtype == "auto" else str(dtype),
         page_size=page_size,
@@ -123,18 +125,3 @@ def _order(vllm_config: VllmConfig) -> str:
         amx = torch.cpu._is_amx_tile_supported()  # noqa: SLF001  # vLLM asks torch the same way
         order += "/amx" if amx else "/vec"
     return order
-
-
-def _digest(vllm_config: VllmConfig) -> str:
-    """Hash of what the KV depends on beside weights and prompt: shape, rope, lengths, quantization.
-
-    Paths and library versions are left out: the same model lies elsewhere on another host.
-    """
-    model = vllm_config.model_config
-    config = model.hf_config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(name, None)
-    config["vllm.quantization"] = str(model.quantization)
-    config["vllm.dtype"] = str(model.dtype)
-    text = json.dumps(config, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
