@@ -65,7 +65,7 @@ class RdmaLink(Link):
         self.shared = shared
         self.peer = peer
         self.name = f"{name} at {sockets.host_port(peer.host, peer.port)}"
-        self.rails: Rails = shared.rails(peer)
+        self.rails: Rails = shared.rails(name, peer)
         self._incarnation = incarnation
         self._lock = threading.Lock()  # guards all below
         self._gone = ""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from mooncake_engine.topology import host_of
+from mooncake_engine.topology.partners import Side, partners
 from mooncake_engine.transport.rdma.endpoint_store import EndpointStore
 from mooncake_engine.transport.rdma.gpu import ordinal
 from mooncake_engine.transport.rdma.rails import Rails
 from mooncake_engine.types import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mooncake_engine.config import EngineConfig
-    from mooncake_engine.topology import Matrix
+    from mooncake_engine.topology import Matrix, RailTable
     from mooncake_engine.transport.rdma.context import Context
     from mooncake_engine.transport.rdma.endpoint import Endpoint
     from mooncake_engine.transport.rdma.gpu import Gpu
@@ -33,7 +35,7 @@ class Shared:
         registrations: Registrations,
         gpu: Gpu,
         matrix: Matrix,
-        measured: Callable[[str, str, str], Sequence[tuple[str, str]]],
+        measured: RailTable | None,
     ) -> None:
         """Take them; closes none of them.
 
@@ -43,8 +45,7 @@ class Shared:
             registrations: Our memory.
             gpu: Makes what NICs wrote visible.
             matrix: Which NICs are near to which memory.
-            measured: Pairs of NICs that were measured to be good, by (our location, the peer's,
-                its host); none where none was.
+            measured: Pairs of NICs that were measured, if any were.
         """
         self.config = config.rdma
         self.connect_timeout_s = config.connect_timeout_s
@@ -94,25 +95,18 @@ class Shared:
 
     # Rails.
 
-    def rails(self, peer: RdmaEndpoint) -> Rails:
-        """All pairs of our NICs and the peer's, none of them known to be down."""
+    def rails(self, name: str, peer: RdmaEndpoint) -> Rails:
+        """All pairs of our NICs and a peer's, none of them known to be down."""
         config = self.config
-        ours = [context.record.name for context in self.contexts]
-        theirs = [device.name for device in peer.devices]
+        ours = Side({c.record.name: c.record.numa_node for c in self.contexts}, self._matrix)
+        theirs = Side({device.name: device.numa_node for device in peer.devices}, peer.matrix)
+        table = self._measured
         return Rails(
-            ours,
-            theirs,
-            self._matrix,
-            peer.matrix,
-            pairs={
-                (near, far): [
-                    (ours.index(one), theirs.index(other))
-                    for one, other in self._measured(near, far, peer.host)
-                    if one in ours and other in theirs
-                ]
-                for near in {"cpu", *self._matrix}
-                for far in {"cpu", *peer.matrix}
-            },
+            list(ours.numas),
+            list(theirs.numas),
+            ours.rows,
+            theirs.rows,
+            pairs=partners(table, ours, theirs, host_of(name)) if table is not None else None,
             dest_affinity=config.dest_device_affinity,
             pause_s=config.rail_pause_s,
             error_threshold=config.rail_error_threshold,

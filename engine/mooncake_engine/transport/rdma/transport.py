@@ -26,8 +26,6 @@ from mooncake_engine.transport.rdma.verbs import load
 from mooncake_engine.transport.rdma.verbs.base import Verbs, VerbsError, VerbsMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from mooncake_engine.config import EngineConfig, RdmaConfig
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
@@ -49,16 +47,18 @@ class RdmaTransport(Transport):
         super().__init__(config, regions, grants, incarnation)
         rdma = config.rdma
         verbs = _verbs(rdma)
+        self._gpu = gpu = Gpu(rdma)
         machine = topology.discover()
+        if machine.gpus:  # CUDA may number them otherwise (CUDA_VISIBLE_DEVICES), or see none
+            machine = topology.discover(cuda_order=gpu.pci_addresses())
         _check_locked_memory()
         with contextlib.ExitStack() as opening:
             contexts = _open(verbs, machine, rdma, opening)
-            self._gpu = gpu = Gpu(rdma)
             self.registrations = Registrations([c.device for c in contexts], rdma, gpu)
             opening.callback(self.registrations.close)
             self._matrix = _matrix(machine, rdma, [c.record.name for c in contexts])
             self.shared = Shared(
-                config, contexts, self.registrations, gpu, self._matrix, _measured(machine, rdma)
+                config, contexts, self.registrations, gpu, self._matrix, _measured(rdma)
             )
             self._endpoint = self._serve(opening)
             self._opened = opening.pop_all()
@@ -193,24 +193,8 @@ def _open(
 def _matrix(machine: Machine, config: RdmaConfig, names: list[str]) -> topology.Matrix:
     if config.topology_file:
         return topology.narrow(topology.load_matrix(config.topology_file), names)
-    known = [nic.name for nic in machine.nics]
-    return topology.matrix(machine, [name for name in names if name in known])
+    return topology.narrow(topology.matrix(machine), names)
 
 
-def _measured(
-    machine: Machine, config: RdmaConfig
-) -> Callable[[str, str, str], Sequence[tuple[str, str]]]:
-    """Look up measured pairs of NICs by (our location, the peer's, its host)."""
-    if not config.rail_topology_file:
-        return lambda _ours, _theirs, _host: ()
-    table = topology.load_rails(config.rail_topology_file)
-    gpus = {f"cuda:{gpu.index}": gpu.numa for gpu in machine.gpus}
-
-    def node(location: str) -> int:
-        kind, _, number = location.partition(":")
-        return int(number) if kind == "cpu" and number else gpus.get(location, -1)
-
-    # Which node the peer's GPUs are on is not told: the best pairs to any of its nodes.
-    return lambda ours, theirs, host: table.best(
-        node(ours), node(theirs) if theirs.startswith("cpu") else -1, host
-    )
+def _measured(config: RdmaConfig) -> topology.RailTable | None:
+    return topology.load_rails(config.rail_topology_file) if config.rail_topology_file else None
