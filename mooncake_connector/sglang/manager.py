@@ -18,7 +18,7 @@ import requests
 import sglang
 from mooncake_engine import TransferEngine
 from mooncake_engine.testing.faults import Faults, install
-from sglang.srt.disaggregation.common.conn import CommonKVManager
+from sglang.srt.disaggregation.common.conn import CommonKVManager, KVTransferError
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.runtime_context import get_parallel
 from typing_extensions import override
@@ -118,6 +118,19 @@ class MooncakeKVManager(CommonKVManager):
     def close(self) -> None:
         """Withdraw, end all transfers, unregister. Idempotent."""
         self._opened.close()
+
+    def failure(self, room: int, reason: str, *, recorded: bool) -> KVTransferError:
+        """What a failed request of this room raises.
+
+        `recorded`: without a reason of its own, the room's record of failures is meant for it.
+        """
+        if recorded:
+            reason = reason or self.failure_records.get(room, "")
+        return KVTransferError(
+            room,
+            reason or "Failed due to an unknown reason from another rank",
+            is_from_another_rank=not reason,
+        )
 
     # ---- prefill: registration
 

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferDestination
-from sglang.srt.disaggregation.common.conn import CommonKVReceiver, KVTransferError
+from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 from typing_extensions import override
 
 from mooncake_connector.control import join_address
@@ -210,16 +210,11 @@ class MooncakeKVReceiver(CommonKVReceiver):
     @override
     def failure_exception(self) -> None:
         """Raise why it failed."""
-        room = self.bootstrap_room
-        recorded = self.kv_mgr.failure_records.get(room) if self._owns_bootstrap_room else None
+        owns = self._owns_bootstrap_room
+        failure = self.kv_mgr.failure(self.bootstrap_room, self._reason, recorded=owns)
         self.conclude_state = KVPoll.Failed
         self.clear()
-        reason = self._reason or recorded
-        raise KVTransferError(
-            room,
-            reason or "Failed due to an unknown reason from another rank",
-            is_from_another_rank=not reason,
-        )
+        raise failure
 
     @override
     def abort(self) -> None:

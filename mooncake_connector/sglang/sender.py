@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sglang.srt.disaggregation.base.conn import KVPoll
-from sglang.srt.disaggregation.common.conn import CommonKVSender, KVTransferError
+from sglang.srt.disaggregation.common.conn import CommonKVSender
 from typing_extensions import override
 
 from mooncake_connector.plan import PageRun
@@ -130,17 +130,11 @@ class MooncakeKVSender(CommonKVSender):
     @override
     def failure_exception(self) -> None:
         """Raise why it failed; SGLang may use the pages again when this returns."""
-        room = self.bootstrap_room
-        recorded = self.kv_mgr.failure_records.get(room) if self._owns_room else None
+        failure = self.kv_mgr.failure(self.bootstrap_room, self._reason, recorded=self._owns_room)
         self.conclude_state = KVPoll.Failed
         self.clear()
-        reason = self._reason or recorded
         self.trace_ctx.trace_req_finish()
-        raise KVTransferError(
-            room,
-            reason or "Failed due to an unknown reason from another rank",
-            is_from_another_rank=not reason,
-        )
+        raise failure
 
     @override
     def abort(self) -> None:
