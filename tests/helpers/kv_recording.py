@@ -22,12 +22,10 @@ HOW = "scripts/test integration -- -k recorded"
 MARK = "record-"
 #: Names the folder that the servers write marked requests to.
 FOLDER = "MOONCAKE_TEST_RECORDINGS"
-#: What a recording depends on: another content of these, another recording.
+#: What decides about a recording: when one of these changes, another is made.
 SOURCES = (
     "tests/helpers/kv_recording.py",
     "tests/helpers/kv_recorder.py",
-    "mooncake_connector/layout.py",
-    "mooncake_connector/vllm/cache.py",
     "scripts/lib/tiny_model.py",
 )
 

@@ -6,6 +6,7 @@ other end of the pipes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -49,7 +50,6 @@ class RankProcess:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         )
         self._line = b""
-        self.ref = PeerRef(**self._answer())
 
     def __enter__(self) -> Self:
         return self
@@ -66,8 +66,14 @@ class RankProcess:
         self._process.stdin.close()
         self._process.stdout.close()
 
+    @functools.cached_property
+    def ref(self) -> PeerRef:
+        """What it says first. Python takes its time: who makes several lets them start at once."""
+        return PeerRef(**self._answer())
+
     def start(self, command: str, *args: Any) -> None:  # noqa: ANN401 - JSON
         """Give a command whose answer is asked for later."""
+        assert self.ref  # it has started
         assert self._process.stdin
         self._process.stdin.write(json.dumps([command, *args]).encode() + b"\n")
         self._process.stdin.flush()

@@ -155,7 +155,9 @@ def test_a_killed_prefill_is_a_clear_error_under_the_policy_fail(
     alone = prompt(300)
     assert ask(stage.decode, alone) == ask(stage.aggregated, alone)
     stage.start_prefill(
-        kv_role="kv_both", kv_connector_module_path="mooncake_connector.vllm.connector"
+        kv_role="kv_both",
+        kv_connector="MooncakeDisaggConnector",
+        kv_connector_module_path="mooncake_connector.vllm.connector",
     )
 
 
