@@ -93,6 +93,7 @@ def test_a_configured_index_is_taken_whatever_it_is(index: int) -> None:
 def test_a_configured_index_that_is_not_there_is_refused_with_what_is_there() -> None:
     with pytest.raises(PathUnavailable, match="no GID 3") as refused:
         choose(RXE, 3, "ethernet")
+    assert "MC_GID_INDEX" in str(refused.value)
     assert "0: RoCE v2, fe80::1 on eth0; 1: RoCE v2, 10.77.0.1 on eth0" in str(refused.value)
 
 
@@ -102,6 +103,7 @@ def test_a_configured_index_that_is_not_there_is_refused_with_what_is_there() ->
         ((), "ethernet", "none is set.*give its network interface an address"),
         ((entry(0, "fe80::1", "ib"),), "ethernet", "no RoCE GID.*InfiniBand, fe80::1"),
         ((), "infiniband", "no GID 0.*subnet manager"),
+        ((entry(1, "fe80::1", "ib", ""),), "infiniband", "no GID 0.*1: InfiniBand, fe80::1"),
     ],
 )
 def test_a_port_without_a_gid_of_its_kind_is_refused(

@@ -31,6 +31,7 @@ def rails(
     their_near: int | None = None,
     threshold: int = 1,
     affinity: bool = False,
+    window: float = WINDOW,
     **others: Any,  # noqa: ANN401 - of Rails, each of another type
 ) -> Rails:
     """NICs mlx5_0.. on either side, of which the first `near` are preferred."""
@@ -47,7 +48,7 @@ def rails(
         dest_affinity=affinity,
         pause_s=PAUSE,
         error_threshold=threshold,
-        error_window_s=WINDOW,
+        error_window_s=window,
         **others,
     )
 
@@ -133,8 +134,9 @@ def test_without_a_matrix_all_nics_are_alike() -> None:
     assert chosen(table) == (Rail(0, 0), Rail(1, 1), Rail(2, 2))
 
 
-def test_a_peer_without_nics_has_no_rails() -> None:
-    assert chosen(rails(2, 0, their_near=0)) == ()
+@pytest.mark.parametrize("affinity", [False, True])
+def test_a_peer_without_nics_has_no_rails(affinity: bool) -> None:
+    assert chosen(rails(2, 0, affinity=affinity)) == ()
 
 
 def test_a_nic_that_a_peer_lists_twice_counts_once() -> None:
@@ -162,6 +164,17 @@ def test_with_affinity_each_nic_goes_to_its_namesake_also_where_that_is_farther(
         affinity=True,
     )
     assert chosen(table) == (Rail(0, 0), Rail(1, 2), Rail(2, 1))
+
+
+def test_a_nic_without_a_namesake_shares_one_when_all_near_ones_have_theirs() -> None:
+    table = rails(
+        local_names=("a", "b"),
+        remote_names=("x", "b"),
+        remote_matrix={"cpu:0": Priority(("b",), ("x",))},
+        local_matrix={},
+        affinity=True,
+    )
+    assert chosen(table) == (Rail(0, 1), Rail(1, 1))
 
 
 # What fails.
@@ -240,7 +253,7 @@ def test_a_rail_fails_by_as_many_errors_within_the_window_as_are_too_many() -> N
 
 
 def test_a_rail_that_was_proven_again_starts_with_no_errors() -> None:
-    table, rail = rails(threshold=2), Rail(0, 0)
+    table, rail = rails(threshold=2, window=2 * PAUSE), Rail(0, 0)
     table.failed(rail, 0.0)
     table.failed(rail, 1.0)
     assert table.probes(1.0 + PAUSE) == (rail,)

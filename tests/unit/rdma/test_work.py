@@ -72,8 +72,9 @@ def memory(draw: st.DrawFn, lengths: list[int], base: int) -> tuple[list[int], K
         address += draw(st.sampled_from([0, 0, 0, 1, 50]))
         addresses.append(address)
         address += length
-    seams = draw(st.lists(st.integers(base + 1, address), max_size=4, unique=True))
-    borders = [base, *sorted(seams), address + 1]
+    seam = st.integers(base + 1, address) | st.sampled_from([*addresses[1:], address])
+    seams = draw(st.lists(seam, max_size=4))
+    borders = sorted({base, *seams, address + 1})
     return addresses, table(*((a, b - a) for a, b in itertools.pairwise(borders)))
 
 

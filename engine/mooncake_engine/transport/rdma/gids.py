@@ -57,7 +57,8 @@ def choose(gids: Sequence[GidEntry], wanted_index: int, link_layer: str) -> Chos
             if gid.gid_index == wanted_index:
                 return _chosen(gid, f"GID {wanted_index} ({_shown(gid)}): as configured")
         raise PathUnavailable(
-            f"there is no GID {wanted_index} (MC_GID_INDEX) on this port, which has: {there}"
+            f"there is no GID {wanted_index} (MC_GID_INDEX, rdma.gid_index) on this port, which "
+            f"has: {there}"
         )
     if link_layer == "infiniband":
         first = [gid for gid in gids if gid.gid_index == 0]
@@ -86,13 +87,13 @@ def mismatch(ours: DeviceRecord, theirs: DeviceRecord) -> str:
     if ours.gid_kind != theirs.gid_kind:
         return (
             f"{ours.name} uses {_kind(ours.gid_kind)} and the peer's {theirs.name} "
-            f"{_kind(theirs.gid_kind)}; set MC_GID_INDEX so that both use the same"
+            f"{_kind(theirs.gid_kind)}; set MC_GID_INDEX (rdma.gid_index) so that both use the same"
         )
     if ours.link_layer != "infiniband" and _family(ours.gid) != _family(theirs.gid):
         return (
             f"{ours.name} uses {_family(ours.gid)} ({_address(ours.gid)}) and the peer's "
             f"{theirs.name} {_family(theirs.gid)} ({_address(theirs.gid)}); give both interfaces "
-            "an address of one family, or set MC_GID_INDEX"
+            "an address of one family, or set MC_GID_INDEX (rdma.gid_index)"
         )
     return ""
 

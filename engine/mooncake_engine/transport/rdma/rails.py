@@ -167,7 +167,7 @@ class Rails:
         ours = _places(nics_for(self._local_matrix, locations[0]), self.local_names)
         theirs = _places(nics_for(self._remote_matrix, locations[1]), self.remote_names)
         wanted = [[Rail(*pair) for pair in self._pairs.get(locations, ())]]
-        if self._dest_affinity:
+        if self._dest_affinity and theirs[0]:
             wanted.append(self._of_same_name(ours[0], theirs))
         for near, far in itertools.product(ours, theirs):
             wanted += _rounds(near, far)
