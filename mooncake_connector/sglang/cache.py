@@ -8,8 +8,9 @@ all V) and addresses it by page or row number, so every layer is one dense piece
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import StateType
 from sglang.srt.distributed.utils import get_pp_indices
@@ -18,10 +19,12 @@ from sglang.srt.runtime_context import get_device, get_parallel
 from mooncake_connector.errors import UnsupportedCache
 from mooncake_connector.layout import CacheLayout, CacheSpec, GroupSpec, LayerLayout
 from mooncake_connector.model_digest import model_digest
+from mooncake_connector.plan import PageRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from numpy.typing import NDArray
     from sglang.srt.disaggregation.base.conn import KVArgs
     from sglang.srt.server_args import ServerArgs
 
@@ -73,6 +76,29 @@ def describe(
         groups=tuple(groups),
     )
     return spec, CacheLayout(tuple(layouts))
+
+
+def runs_of(
+    args: KVArgs,
+    first: int,
+    kv_indices: NDArray[np.int32] | None,
+    state_indices: Sequence[Any] | None,
+    row: int | None,
+) -> list[PageRun]:
+    """One request's pages and rows, as SGLang's queues give them: a run per group of `describe`.
+
+    Args:
+        args: The cache's.
+        first: Position of the first page of `kv_indices`.
+        kv_indices: Pages in the KV pool; None: none of them.
+        state_indices: For each component of the state, its rows; None: none of them.
+        row: Of metadata.
+    """
+    states = state_indices or [None] * len(args.state_types)
+    runs = [PageRun(first, _rows(kv_indices))]
+    runs += [PageRun(0, _rows(rows)) for rows in states]
+    runs.append(PageRun(0, _rows(None if row is None else [row])))
+    return runs
 
 
 def memory_of(args: KVArgs) -> list[tuple[int, int, str]]:
@@ -152,3 +178,12 @@ def _numbered(what: str, numbers: Iterable[int]) -> list[str]:
         names.append(f"{what} {number} part {seen[number]}")
         seen[number] += 1
     return names
+
+
+def _rows(indices: Any) -> NDArray[np.uint64]:  # noqa: ANN401 - lists, arrays, lists of arrays
+    """Page or row numbers; none for None."""
+    if indices is None or not len(indices):
+        return np.zeros(0, np.uint64)
+    if isinstance(indices, np.ndarray):
+        return indices.ravel().astype(np.uint64)
+    return np.concatenate([np.atleast_1d(part) for part in indices]).astype(np.uint64)

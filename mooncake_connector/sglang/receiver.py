@@ -20,8 +20,7 @@ from typing_extensions import override
 from mooncake_connector.control import join_address
 from mooncake_connector.decode import FetchRequest
 from mooncake_connector.peers import PeerRef
-from mooncake_connector.plan import PageRun
-from mooncake_connector.sglang.sender import rows
+from mooncake_connector.sglang.cache import runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,14 +129,17 @@ class MooncakeKVReceiver(CommonKVReceiver):
         first, odd = divmod(decode_prefix_len or 0, self.kv_mgr.kv_args.page_size)
         if odd:
             self.fail_unless_reading(f"decode's prefix of {decode_prefix_len} tokens is no page's")
-        states = state_indices or [None] * len(self.kv_mgr.kv_args.state_types)
         requests = []
         for number, (peer, info) in enumerate(zip(self.peers, self.bootstrap_infos, strict=True)):
             real = not info["is_dummy"]  # else it holds a copy of what another one gives us
             last_stage = info["pp_rank"] == max(self.target_pp_ranks)
-            wanted = [PageRun(first, rows(kv_indices if real else None))]
-            wanted += [PageRun(0, rows(indices if real else None)) for indices in states]
-            wanted.append(PageRun(0, rows([aux_index] if real and last_stage else None)))
+            wanted = runs_of(
+                self.kv_mgr.kv_args,
+                first,
+                kv_indices if real else None,
+                state_indices if real else None,
+                aux_index if real and last_stage else None,
+            )
             requests.append(
                 FetchRequest(
                     request_id=f"{self._name}/{number}",

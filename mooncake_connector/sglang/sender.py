@@ -11,21 +11,22 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVSender
 from typing_extensions import override
 
-from mooncake_connector.plan import PageRun
 from mooncake_connector.session import HoldState
+from mooncake_connector.sglang.cache import runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from mooncake_connector.holds import Hold
+    from mooncake_connector.plan import PageRun
     from mooncake_connector.sglang.manager import MooncakeKVManager
 
 
@@ -101,10 +102,9 @@ class MooncakeKVSender(CommonKVSender):
         if self._transfer_start_time is None:
             self._transfer_start_time = time.perf_counter()
         self._record_transfer_indices(kv_indices, state_indices)
-        runs = [PageRun(self._first + positions.start, rows(kv_indices))]
-        states = state_indices or [None] * len(self.kv_mgr.kv_args.state_types)
-        runs += [PageRun(0, rows(indices)) for indices in states]
-        runs.append(PageRun(0, rows([self.aux_index] if last else None)))
+        first = self._first + positions.start
+        row = self.aux_index if last else None
+        runs = runs_of(self.kv_mgr.kv_args, first, kv_indices, state_indices, row)
         # An event belongs to one chunk: the forward pass that writes it has been queued, not run.
         events = [e for e in (self._early_send_wait_event, indices_event) if e is not None]
         self._early_send_wait_event = None
@@ -155,12 +155,3 @@ class MooncakeKVSender(CommonKVSender):
         super().clear()
         self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         self._owns_room = False
-
-
-def rows(indices: Any) -> NDArray[np.uint64]:  # noqa: ANN401 - lists, arrays, lists of arrays
-    """Page or row numbers as SGLang's queues give them; none for None."""
-    if indices is None or not len(indices):
-        return np.zeros(0, np.uint64)
-    if isinstance(indices, np.ndarray):
-        return indices.ravel().astype(np.uint64)
-    return np.concatenate([np.atleast_1d(part) for part in indices]).astype(np.uint64)
