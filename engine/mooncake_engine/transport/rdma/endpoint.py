@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import secrets
 import threading
 from typing import TYPE_CHECKING, NamedTuple
@@ -147,13 +148,15 @@ class Endpoint:
             if len(answer.queues) != len(self.queues):
                 raise VerbsError(0, f"{len(answer.queues)} queue pairs for {len(self.queues)}")
             for queue, address, psn in zip(self.queues, answer.queues, self._psns, strict=True):
-                self._context.connect(
-                    queue.queue_pair,
-                    self._peer,
-                    address,
-                    psn,
-                    mtu=answer.mtu,
-                    reads=answer.reads,
+                queue.connect(
+                    functools.partial(
+                        self._context.connect,
+                        peer=self._peer,
+                        address=address,
+                        psn=psn,
+                        mtu=answer.mtu,
+                        reads=answer.reads,
+                    )
                 )
             for index, queue in enumerate(self.queues):
                 queue.probe(index)
@@ -184,7 +187,7 @@ class Endpoint:
             self.failure = failure
         for queue in self.queues:
             with contextlib.suppress(VerbsError):  # it never left INIT, or the device is gone
-                queue.queue_pair.to_error()
+                queue.stop()
             queue.completions.arm()
             queue.completions.wake_starved()
         self._tell(State.FAILED)

@@ -7,6 +7,7 @@ chain goes back to its job then, and not before: until then the NIC may touch it
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from mooncake_engine.transport.rdma.job import Failed
 from mooncake_engine.transport.rdma.verbs.base import Opcode, VerbsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 #: stand for is free again only then.
 SIGNAL_EVERY = 16
 FLUSHED = 5  # IBV_WC_WR_FLUSH_ERR
-GENERAL = 21  # IBV_WC_GENERAL_ERR
 
 
 class _Chain:
@@ -56,7 +58,8 @@ class SendQueue(Owner):
         self.queue_pair = queue_pair
         self.completions = completions
         self._endpoint = endpoint
-        self._posting = threading.Lock()  # one chain is written and posted at a time
+        self._posting = threading.Lock()  # guards the queue pair: one chain is posted at a time
+        self._closed = False
         # Below: guarded by the lock of `completions`.
         self._chains: deque[_Chain] = deque()
         self._next = 1
@@ -93,7 +96,7 @@ class SendQueue(Owner):
             VerbsError: The queue pair takes nothing; nothing of it is under way for this call.
         """
         with self._posting:
-            chain = self._begin(job, rows)
+            chain = None if self._closed else self._begin(job, rows)
             if chain is None:
                 return 0
             taken = chain.rows_to(chain.last)
@@ -116,7 +119,9 @@ class SendQueue(Owner):
                 # Our count says there is room. What was accepted may complete without a word:
                 # the error that this raises makes it complete as flushed.
                 self._take_back(chain, accepted)
-                raise VerbsError(12, f"posting {wanted} requests, of which {accepted} were taken")
+                raise VerbsError(
+                    errno.ENOMEM, f"posting {wanted} requests, of which {accepted} were taken"
+                )
             return wanted
 
     def _begin(self, job: Job, rows: slice) -> _Chain | None:
@@ -154,6 +159,8 @@ class SendQueue(Owner):
         and move nothing.
         """
         with self._posting:
+            if self._closed:
+                return
             with self.completions.lock:
                 self._probe = self._next
                 self._next += 1
@@ -193,8 +200,23 @@ class SendQueue(Owner):
             if self._next - 1 > self._ended:
                 self.completions.give_back(self.completed(self._next - 1, FLUSHED, None))
 
+    def connect(self, connect: Callable[[QueuePair], None]) -> None:
+        """Let `connect` take the queue pair to RTS, unless it was closed. Raises `VerbsError`."""
+        with self._posting:
+            if self._closed:
+                raise VerbsError(errno.ENOTCONN, "connecting a queue pair that was closed")
+            connect(self.queue_pair)
+
+    def stop(self) -> None:
+        """Make what is under way complete as flushed. Raises `VerbsError`."""
+        with self._posting:
+            if not self._closed:
+                self.queue_pair.to_error()
+
     def close(self) -> None:
         """Destroy the queue pair; afterwards the NIC touches nothing for it. Idempotent."""
-        self.queue_pair.close()
+        with self._posting:
+            self._closed = True
+            self.queue_pair.close()
         self.completions.remove(self.queue_pair.number)
         self.abandon()
