@@ -33,8 +33,8 @@ class Reader:
 class Hold:
     """One attempt of one transfer. `deadline` is on the clock of the side that keeps it.
 
-    Whoever opened it may read `state`, `reason`, `subscribed`, `first` and `delivered` from any
-    thread; only `PrefillSide` changes it.
+    Whoever opened it may read `state`, `reason`, `last`, `subscribed`, `first` and `delivered` from
+    any thread; only `PrefillSide` changes it.
     """
 
     def __init__(

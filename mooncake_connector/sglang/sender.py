@@ -46,7 +46,6 @@ class MooncakeKVSender(CommonKVSender):
         self._transfer_start_time: float | None = None
         self._early_send_wait_event: object = None  # set by the scheduler for the next chunk
         self._first = 0  # position of the first page that decode wants
-        self._complete = False  # the last chunk was sent
         self._named: Future[None] | None = None
         self._reason = ""
         # Until it is over, the room's entries in the manager's tables are this sender's.
@@ -79,7 +78,7 @@ class MooncakeKVSender(CommonKVSender):
                 manager.update_status(room, KVPoll.WaitingForInput)
         elif hold.state is HoldState.HELD:
             manager.update_status(room, KVPoll.Transferring)
-        elif self._complete and hold.delivered:
+        elif hold.last and hold.delivered:
             manager.update_status(room, KVPoll.Success)
         else:
             self._reason = self._reason or hold.reason
@@ -117,7 +116,6 @@ class MooncakeKVSender(CommonKVSender):
 
     def _name(self, runs: list[PageRun], *, last: bool) -> None:
         prefill, room = self.kv_mgr.node.prefill, str(self.bootstrap_room)
-        self._complete = last
         prefill.pages_ready(room, runs, last=last, of=self._hold)
         if last:
             prefill.hold(room, "", of=self._hold)
