@@ -190,13 +190,11 @@ class MooncakeKVReceiver(CommonKVReceiver):
         assert reading is not None, "only fetches end"
         reading.discard(request_id)
         if error is not None:
-            with self._reason_lock:
-                self._reason = self._reason or error
+            self.fail(error)
         elif not reading and len(self.peers) > 1:
             missing = self.kv_mgr.unread_layers(self.peers)
             if missing:
-                with self._reason_lock:
-                    self._reason = f"no prefill stage holds {', '.join(sorted(missing)[:3])}"
+                self.fail(f"no prefill stage holds {', '.join(sorted(missing)[:3])}")
 
     def fail(self, reason: str) -> None:
         """Fail with this reason even if all has arrived. Any thread; reads are not stopped."""
@@ -221,8 +219,7 @@ class MooncakeKVReceiver(CommonKVReceiver):
     @override
     def abort(self) -> None:
         """SGLang no longer wants it."""
-        with self._reason_lock:
-            self._reason = self._reason or "Aborted by AbortReq."
+        self.fail("Aborted by AbortReq.")
         self._conclude(KVPoll.Failed)
         self.ensure_abort_notified()
 
