@@ -342,7 +342,7 @@ class MooncakeKVManager(CommonKVManager):
         reason = "the server released its KV cache's memory"
         with self._lock:
             receivers = list(self._receivers)
-        for receiver in receivers:  # else a drained read would count as one that arrived
+        for receiver in receivers:  # also those that read nothing yet, or have just read all
             receiver.fail(reason)
         if self._role is DisaggregationMode.PREFILL:
             self.node.prefill.end_all(reason)
