@@ -85,6 +85,11 @@ class Hold:
         done = sum(bool(reader.held) and not reader.gave_up for reader in readers)
         return done == len(readers) >= self.expected
 
+    @property
+    def given_up(self) -> bool:
+        """Did some reader leave without having read all?"""
+        return any(reader.gave_up for reader in self.readers.values())
+
     def add_pages(self, pages: Sequence[PageRun], *, last: bool) -> None:
         """More pages are final; each group's run continues where its last one ended."""
         self.last = last
@@ -142,8 +147,7 @@ class Hold:
         settled = sum(reader.held is not None for reader in self.readers.values())
         if self.claims or settled < len(self.readers):
             return False
-        given_up = any(reader.gave_up for reader in self.readers.values())
-        return settled >= self.expected or not settled or given_up
+        return settled >= self.expected or not settled or self.given_up
 
 
 def _extend(run: PageRun, more: PageRun) -> PageRun:

@@ -311,9 +311,8 @@ class PrefillSide:
             reader.held = hold.state in (HoldState.COMPUTING, HoldState.HELD)
         hold.claims.discard(channel)
         self._verdict(channel, message, held=reader.held)
-        given_up = any(reader.gave_up for reader in hold.readers.values())
         self._conclude_if_all_left(
-            hold, "decode gave it up" if given_up else "all its readers released it"
+            hold, "decode gave it up" if hold.given_up else "all its readers released it"
         )
         self._changed(hold)
 
