@@ -132,6 +132,10 @@ class Context:
         """An ibv_wc_status in words."""
         return self._verbs.status_text(status)
 
+    def remarks(self, peer: DeviceRecord) -> str:
+        """What is unequal between our NIC and a peer's, to be told when they do not connect."""
+        return gids.remarks(self.record, peer, self.config.mtu)
+
     def later(self, action: Callable[[], object]) -> None:
         """Run `action` on one of our threads."""
         self._workers.later(action)

@@ -182,9 +182,12 @@ class Endpoint:
     def fail(self, failure: Failure) -> bool:
         """Stop it: what is under way completes as flushed. True: this call did it."""
         with self._lock:
+            notes = "" if self._state is State.READY else self._context.remarks(self._peer)
             if not self._follow(State.FAILED):
                 return False
             self.failure = failure
+            if notes and failure.rail:
+                self.failure = failure._replace(reason=f"{failure.reason} (note: {notes})")
         for queue in self.queues:
             with contextlib.suppress(VerbsError):  # it never left INIT, or the device is gone
                 queue.stop()

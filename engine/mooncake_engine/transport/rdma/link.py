@@ -176,7 +176,9 @@ class RdmaLink(Link):
             self._probing.update(due)
             rails = self.rails.choose(local, remote, now)
         for rail in due:
-            self.endpoint(rail)
+            endpoint = self.endpoint(rail, proving=True)
+            if endpoint is not None and endpoint.state is State.READY:  # made before it rested
+                self._on_state(endpoint, State.READY)
         return rails
 
     def share(self, rows: slice, rails: tuple[Rail, ...]) -> list[tuple[Rail, slice]]:
@@ -224,12 +226,18 @@ class RdmaLink(Link):
         if nbytes >= _WORTH_NOTING:
             self._rate += 0.25 * (nbytes / max(seconds, 1e-6) - self._rate)
 
-    def endpoint(self, rail: Rail) -> Endpoint | None:
-        """The endpoint of a rail, made if there is none; None: it cannot be made, and is down."""
+    def endpoint(self, rail: Rail, *, proving: bool = False) -> Endpoint | None:
+        """The endpoint of a rail, made if there is none; None: the rail is down.
+
+        A rail that rests gets a new one only to prove it.
+        """
         with self._lock:
             endpoint = self.shared.find(rail, self._incarnation)
             made = endpoint is None
             if endpoint is None:
+                up = self.rails.state(rail, time.monotonic()) == "up" or rail == self._only
+                if not (proving or up):
+                    return None
                 try:
                     endpoint = self._make(rail)
                 except VerbsError as error:
@@ -276,7 +284,8 @@ class RdmaLink(Link):
             failure = endpoint.failure
             if failure is not None and failure.rail:
                 self.rails.failed(endpoint.rail, now)
-                _log.warning("a rail to %s failed: %s", self.name, failure.reason)
+        if failure is not None and failure.rail:
+            _log.warning("a rail to %s failed: %s", self.name, failure.reason)
         self._send(Disconnect(endpoint.token))
 
     def _reap(self) -> None:

@@ -78,8 +78,10 @@ class Moving:
         self._homeless.append(slice(0, self._cut.nbytes.size))
         while True:
             self._look()
-            for failed in self._job.take_failed():
+            failures = self._job.take_failed()
+            for failed in failures:
                 self._consider(failed)
+            self._count(failures)
             if self._failure is not None:
                 self._todo.clear()
                 self._homeless.clear()
@@ -197,16 +199,22 @@ class Moving:
             self._refused(text)
         else:
             endpoint.fail(Failure(text, rail=True))
-            self._tries += 1
         if endpoint.failure is not None:
             self._last_error = endpoint.failure.reason
-        if self._tries > self._config.retry_count:
-            self._fail(
-                Status.FAILED, f"given up after {self._config.retry_count} retries; last {text}"
-            )
         self._endpoints.pop(endpoint.rail, None)
         if failed.rows.stop > failed.rows.start:
             self._homeless.append(failed.rows)
+
+    def _count(self, failures: list[Failed]) -> None:
+        """One try more, however many rails and queue pairs failed at once."""
+        known = {0, FLUSHED} | _OURS | _THEIRS
+        if any(failed.status not in known for failed in failures):
+            self._tries += 1
+        limit = self._config.retry_count
+        if self._tries > limit and self._failure is None:
+            self._failure = PathLost(
+                f"{self._what()}: given up after {limit} retries; {self._last_error}"
+            )
 
     def _refused(self, text: str) -> None:
         """The peer's NIC says no. Its keys may be newer than ours: registered again meanwhile."""

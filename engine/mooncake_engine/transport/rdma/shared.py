@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mooncake_engine.transport.rdma.rails import Rail
     from mooncake_engine.transport.rdma.records import RdmaEndpoint
     from mooncake_engine.transport.rdma.registrations import Registrations
+
+_log = logging.getLogger(__name__)
 
 
 class Shared:
@@ -85,7 +88,14 @@ class Shared:
         """Keep a new one; returns those that have to be closed for it."""
         rail = endpoint.rail
         with self._lock:
-            return self._stores[rail.local].add((incarnation, rail.remote), endpoint)
+            store = self._stores[rail.local]
+            evicted = store.add((incarnation, rail.remote), endpoint)
+        if store.excess:
+            _log.warning(
+                "%d endpoints on %s, over the %d of max_endpoints: all of them are in use",
+                *(len(store), self.contexts[rail.local].record.name, store.capacity),
+            )
+        return evicted
 
     def forget(self, endpoint: Endpoint, incarnation: str) -> None:
         """It failed or was closed. Idempotent."""
