@@ -28,6 +28,7 @@ PYTHON
 # environment DIR RECIPE [PART...]: run `RECIPE DIR` unless DIR holds what RECIPE, with what it uses,
 # makes today. Installing over an installation that was cut short mends it, so only another Python
 # starts from nothing.
+venv_options=()
 environment() {
     local folder=$1 recipe=$2 stamp
     stamp=$(fingerprint "$(declare -f "$recipe" install_torch)" "$torch ${test_tools[*]}" "${@:3}")
@@ -36,7 +37,7 @@ environment() {
         [[ $(cat "$folder/.stamp" 2>/dev/null) == "$stamp" ]] && return
         say "making ${folder#"$root"/}"
         if [[ ! -x $folder/bin/pip || $("$folder/bin/python" -V) != "$("$python" -V)" ]]; then
-            "$python" -m venv --clear "$folder"
+            "$python" -m venv --clear "${venv_options[@]}" "$folder"
         fi
         rm -f "$folder/.stamp"
         "$recipe" "$folder"
@@ -124,10 +125,26 @@ standins() {
     find tests/standins \( -name '*.py' -o -name '*.toml' \) -print0 | sort -z | xargs -0 sha256sum
 }
 
+# pyverbs comes with the distribution and for its Python only. The package itself and its tests,
+# without linters and whatever the system's Python may be too old for.
+pyverbs_environment() {
+    local -a needs
+    mapfile -t needs < <(dependencies)
+    pip_install "$1" "${needs[@]}" "${test_tools[@]}"
+    pip_install "$1" --no-deps -e .
+}
+
 use_dev() { environment "$root/.venv" dev_environment; }
 use_vllm() { environment "$root/.venv-vllm" vllm_environment; }
 use_sglang() {
     environment "$root/.venv-sglang" sglang_environment "$(standins)"
+}
+
+use_pyverbs() {
+    local python=/usr/bin/python3
+    local -a venv_options=(--system-site-packages)
+    has_pyverbs || return 0 # the run says so; on Debian it is among the packages asked for
+    environment "$root/.venv-pyverbs" pyverbs_environment
 }
 
 # use_tiny_model FRAMEWORK: the model that every real server here serves; ten seconds, once.

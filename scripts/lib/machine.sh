@@ -18,7 +18,8 @@ find_python() {
     done
 }
 
-# Print the Debian packages that are missing; a framework also asks for what torch on a CPU needs.
+# Print the Debian packages that are missing; a framework also asks for what torch on a CPU needs,
+# and "rdma" for real verbs and a guest to have them in.
 missing_packages() {
     local frameworks=$*
     command -v git >/dev/null || echo git
@@ -28,7 +29,8 @@ missing_packages() {
     elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         [[ $python == python3 ]] && echo python3-venv || echo "$python-venv"
     fi
-    [[ $frameworks ]] || return 0
+    [[ " $frameworks " != *" rdma "* ]] || missing_rdma_packages
+    [[ " $frameworks " == *" vllm "* || " $frameworks " == *" sglang "* ]] || return 0
     # torch's inductor compiles some CPU operators when they are first used.
     command -v g++ >/dev/null || echo g++
     if [[ -z $python ]]; then
@@ -66,13 +68,17 @@ install_packages() {
     die "missing: $*. Install them with: $line"
 }
 
-# require GIGABYTES [FRAMEWORK...]: tools, and free disk, 5 GB more for each framework that is not
-# here yet, before anything is installed.
+# require GIGABYTES [FRAMEWORK|rdma...]: tools, and free disk, 5 GB more for each framework that is
+# not here yet, 1 GB for a guest, before anything is installed.
 require() {
     local gigabytes=$1 free framework
     shift
     for framework in "$@"; do
-        [[ -f $root/.venv-$framework/.stamp ]] || gigabytes=$((gigabytes + 5))
+        if [[ $framework == rdma ]]; then
+            [[ -d $cache/guest ]] || gigabytes=$((gigabytes + 1))
+        else
+            [[ -f $root/.venv-$framework/.stamp ]] || gigabytes=$((gigabytes + 5))
+        fi
     done
     local -a missing
     free=$(($(df -Pk "$root" | awk 'NR == 2 {print $4}') / 1000000))

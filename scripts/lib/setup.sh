@@ -23,6 +23,8 @@ die() {
 source scripts/lib/machine.sh
 # shellcheck source=scripts/lib/environments.sh
 source scripts/lib/environments.sh
+# shellcheck source=scripts/lib/rdma.sh
+source scripts/lib/rdma.sh
 
 step_names=()
 step_seconds=()
