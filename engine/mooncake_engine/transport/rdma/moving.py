@@ -38,9 +38,13 @@ _THEIRS = {9, 10, 11}  # REM_INV_REQ_ERR, REM_ACCESS_ERR, REM_OP_ERR: theirs
 
 #: Most time that may pass between two looks at endpoints that have to be reaped.
 _LOOK_S = 1.0
-#: Under way at once: what the link moves in this time, so that a cancel waits no longer.
+#: Under way at once: what a lane moves in this time, so that a cancel waits no longer; but so many
+#: bytes and requests that the NIC has work while what has completed is replaced.
 _WINDOW_S = 0.05
-_MIN_WINDOW = 512 << 10
+_MIN_WINDOW = 1 << 20
+_MIN_REQUESTS = 4
+#: A window is posted in so many chains: each tells when it has completed, and is replaced.
+_CHAINS = 4
 
 
 class Moving:
@@ -189,8 +193,11 @@ class Moving:
         """Requests came back failed: once more, over another rail, or never."""
         endpoint, status = failed.endpoint, failed.status
         text = f"{endpoint.name}: {self._link.shared.text(status)}"
-        if status == FLUSHED:  # another request's failure; the endpoint knows whose
-            endpoint.fail(Failure(text, rail=False))
+        if status == FLUSHED:  # by another request's failure, which perhaps nobody looked at yet
+            cause = endpoint.broken
+            rail = cause not in {0, FLUSHED} | _OURS | _THEIRS
+            text = f"{endpoint.name}: {self._link.shared.text(cause or status)}"
+            endpoint.fail(Failure(text, rail=rail))
         elif status in _OURS:
             endpoint.fail(Failure(text, rail=False))
             self._fail(Status.FAILED, f"{text}; is the local memory still registered?")
@@ -246,10 +253,11 @@ class Moving:
             rails = self._link.rails_of(*self._location)
             if rails:
                 self._todo += self._link.share(rows, rails)
-            elif self._link.trying:
+            elif self._link.trying(self._job):
                 self._homeless.append(rows)
             elif self._failure is None:
-                self._failure = PathLost(f"{self._what()}: {self._last_error}")
+                why = self._link.why_down or self._last_error
+                self._failure = PathLost(f"{self._what()}: no rail works: {why}")
 
     def _post(self) -> None:
         left: list[tuple[Rail, slice]] = []
@@ -281,7 +289,9 @@ class Moving:
     def _post_some(self, endpoint: Endpoint, rows: slice) -> slice:
         """Post what the window and the queues have room for; returns the rest."""
         job, config = self._job, self._config
-        window = max(_MIN_WINDOW, int(self._link.rate * _WINDOW_S))
+        window = max(
+            _MIN_WINDOW, _MIN_REQUESTS * config.slice_bytes, int(self._link.rate * _WINDOW_S)
+        )
         lkeys, rkeys = self._keys_of(endpoint.rail)
         while rows.stop > rows.start:
             room = window - job.bytes_under_way
@@ -289,7 +299,7 @@ class Moving:
                 break
             share = -(-(rows.stop - rows.start) // len(endpoint.queues))
             limit = rows.start + min(config.max_chain, share)
-            some = job.within(slice(rows.start, limit), room)
+            some = job.within(slice(rows.start, limit), min(room, window // _CHAINS))
             count = endpoint.post(
                 job, _OPCODES[self._piece.op], self._cut.work, some, lkeys, rkeys, self._inline
             )
