@@ -97,6 +97,20 @@ class CacheLayout(msgspec.Struct, frozen=True):
     groups: tuple[tuple[LayerLayout, ...], ...]
 
 
+def page_bytes_at(layout: CacheLayout, address: int, nbytes: int) -> int:
+    """Bytes of the pages that a region is made of from its start on; 0: of no one size.
+
+    For the engine, which may have to split what it registers, and not within a page.
+    """
+    strides = {
+        layer.page_stride
+        for group in layout.groups
+        for layer in group
+        if address <= layer.address < address + nbytes
+    }
+    return strides.pop() if len(strides) == 1 else 0
+
+
 class PieceTable:
     """One group's layout as arrays over all (layer, piece) pairs, for the planner."""
 

@@ -26,6 +26,7 @@ from typing_extensions import override
 from mooncake_connector.cluster import NodeRecord
 from mooncake_connector.control import split_address
 from mooncake_connector.errors import ConnectorError
+from mooncake_connector.layout import page_bytes_at
 from mooncake_connector.node import Node
 from mooncake_connector.publish import Publication
 from mooncake_connector.sglang import metrics, register, settings
@@ -88,7 +89,10 @@ class MooncakeKVManager(CommonKVManager):
             if self.faults is not None:
                 install(self._engine, self.faults)
             for address, nbytes, location in memory_of(args):
-                self._engine.register_memory(address, nbytes, location=location)
+                page_bytes = page_bytes_at(layout, address, nbytes)
+                self._engine.register_memory(
+                    address, nbytes, location=location, page_bytes=page_bytes
+                )
             self._layers = [set(group.layers) for group in spec.groups]
             self.node = Node(
                 self.config,

@@ -16,6 +16,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from mooncake_connector.cluster import NodeRecord
 from mooncake_connector.decode import FetchRequest
+from mooncake_connector.layout import page_bytes_at
 from mooncake_connector.node import Node
 from mooncake_connector.peers import PeerRef
 from mooncake_connector.plan import PageRun
@@ -66,7 +67,8 @@ class WorkerHalf:
             if self._faults is not None:
                 install(engine, self._faults)
             for address, nbytes, location in memory_of(kv_caches):
-                engine.register_memory(address, nbytes, location=location)
+                page_bytes = page_bytes_at(layout, address, nbytes)
+                engine.register_memory(address, nbytes, location=location, page_bytes=page_bytes)
             self._node = Node(
                 self._config, engine, engine_id=transfer.engine_id, spec=spec, layout=layout
             )
