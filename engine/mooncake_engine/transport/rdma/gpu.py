@@ -48,6 +48,7 @@ class _Found(NamedTuple):
     reason: str
     driver: Driver | None = None
     unordered: frozenset[int] = frozenset()  # GPUs that need a flush
+    pci_addresses: tuple[str, ...] = ()
 
 
 class Gpu:
@@ -133,11 +134,8 @@ class Gpu:
                 ) from error
 
     def pci_addresses(self) -> tuple[str, ...]:
-        """PCI address of "cuda:0", "cuda:1" and so on; empty without a GPU."""
-        driver = self._found().driver
-        if driver is None:
-            return ()
-        return tuple(driver.pci_address(gpu) for gpu in range(driver.count()))
+        """PCI address of "cuda:0", "cuda:1" and so on; empty where NICs reach no GPU."""
+        return self._found().pci_addresses
 
     def _found(self) -> _Found:
         with self._lock:
@@ -155,6 +153,7 @@ class Gpu:
             gpus = range(driver.count())
             exports = all(driver.attribute(gpu, Attribute.DMA_BUF_SUPPORTED) for gpu in gpus)
             unordered = frozenset(gpu for gpu in gpus if _unordered(driver, gpu))
+            addresses = tuple(map(driver.pci_address, gpus))
         except CudaError as error:
             return _Found(Way.NONE, f"no usable NVIDIA GPU: {error}")
         if not gpus:
@@ -168,13 +167,13 @@ class Gpu:
             return _Found(Way.NONE, f"{why}: modprobe nvidia-peermem, or unset it")
         if self._peermem_wanted:
             reason = f"asked for by WITH_NVIDIA_PEERMEM=1; {module} is loaded"
-            return _Found(Way.PEERMEM, reason, driver, unordered)
+            return _Found(Way.PEERMEM, reason, driver, unordered, addresses)
         if exports:
             reason = "the CUDA driver exports it; WITH_NVIDIA_PEERMEM=1 would take nvidia-peermem"
-            return _Found(Way.DMABUF, reason, driver, unordered)
+            return _Found(Way.DMABUF, reason, driver, unordered, addresses)
         if module is not None:
             reason = f"the CUDA driver exports no DMA-BUF; {module} is loaded"
-            return _Found(Way.PEERMEM, reason, driver, unordered)
+            return _Found(Way.PEERMEM, reason, driver, unordered, addresses)
         return _Found(
             Way.NONE,
             f"the CUDA driver exports no DMA-BUF, and nvidia-peermem is not loaded; {_INSTALL}",

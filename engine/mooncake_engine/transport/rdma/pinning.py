@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mooncake_engine.transport.rdma.verbs.base import Device, MemoryRegion
     from mooncake_engine.types import Region
 
-#: From here on threads pay by `auto`: one thread pins 5 to 20 GB/s.
+#: From here on threads pay by `auto`: one pins about 10 GB/s (Mooncake#848: 500 GB in 49 s, by
+#: threads in 11.7 s).
 _WORTH_THREADS = 1 << 30
 #: "No limit" is not one thread for each of 10,000 chunks: they meet at the kernel's locks.
 _MOST_THREADS = 64

@@ -99,11 +99,15 @@ class Registrations:
     def remove(self, address: int) -> None:
         """Deregister the region that starts there; afterwards none of our NICs can reach it.
 
+        After `close` there is nothing left to do.
+
         Raises:
             InvalidTransfer: No such region.
             PathUnavailable: A device refuses: the region is forgotten, but may be reached still.
         """
         with self._lock:
+            if self._closed:
+                return
             held = self._held.pop(address, None)
             if held is None:
                 raise InvalidTransfer(f"no region starts at {address:#x}; nothing to deregister")
