@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from mooncake_engine.transport.rdma.messages import Connect, QueueAddress
-from mooncake_engine.transport.rdma.send_queue import SendQueue
+from mooncake_engine.transport.rdma.send_queue import FLUSHED, SendQueue
 from mooncake_engine.transport.rdma.verbs.base import Opcode, VerbsError
 
 if TYPE_CHECKING:
@@ -124,6 +124,12 @@ class Endpoint:
     def idle(self) -> bool:
         """None of its requests is under way."""
         return all(queue.idle for queue in self.queues)
+
+    @property
+    def broken(self) -> int:
+        """Status of the first request that failed by itself; 0: none did."""
+        statuses = (queue.broken for queue in self.queues)
+        return next((status for status in statuses if status not in {0, FLUSHED}), 0)
 
     def request(self) -> Connect:
         """What to ask the peer for."""

@@ -48,6 +48,8 @@ _log = logging.getLogger(__name__)
 _FLUSH_S = 5.0
 #: Less says more about the latency than about the rate.
 _WORTH_NOTING = 256 << 10
+#: Told of a peer to whom every rail is down; a machine with 8 NICs has 64 rails.
+_MOST_REASONS = 8
 
 
 class RdmaLink(Link):
@@ -72,6 +74,7 @@ class RdmaLink(Link):
         self._by_token: dict[int, Endpoint] = {}
         self._failed: list[tuple[Endpoint, float]] = []  # and when it failed
         self._probing: set[Rail] = set()  # rails that rested and are being tried
+        self._reasons: dict[Rail, str] = {}  # why rails failed that have not worked since
         self._turn = 0
         self._rate = 0.0
         self._only: Rail | None = None
@@ -169,9 +172,10 @@ class RdmaLink(Link):
     def rails_of(self, local: str, remote: str) -> tuple[Rail, ...]:
         """Rails to use between memory at two locations; none: all of them rest or are tried."""
         with self._lock:
-            if self._only is not None:
-                return (self._only,)
             now = time.monotonic()
+            if self._only is not None:
+                up = self.rails.state(self._only, now) == "up"
+                return (self._only,) if up else ()
             due = self.rails.probes(now)
             self._probing.update(due)
             rails = self.rails.choose(local, remote, now)
@@ -204,17 +208,28 @@ class RdmaLink(Link):
         ours = [context.record.name for context in self.shared.contexts]
         theirs = [device.name for device in self.peer.devices]
         with self._lock:
-            self._only = (
-                Rail(ours.index(pair.local), theirs.index(pair.remote))
-                if pair is not None
-                else None
-            )
+            self._only = None
+            if pair is not None:
+                self._only = Rail(ours.index(pair.local), theirs.index(pair.remote))
+                self.rails.forgive(self._only)
+
+    def trying(self, job: Job) -> bool:
+        """Some rail that rested is being tried; `job` is woken when that ends."""
+        with self._lock:
+            rails = tuple(self._probing)
+        for rail in rails:
+            endpoint = self.endpoint(rail)  # and fails it when its time is over
+            if endpoint is None or endpoint.wait_for(job) not in {State.CONNECTING, State.PROVING}:
+                job.wake()
+        return bool(rails)
 
     @property
-    def trying(self) -> bool:
-        """A rail that rested is being tried."""
+    def why_down(self) -> str:
+        """Why each rail that does not work failed last; those never tried have no reason."""
         with self._lock:
-            return bool(self._probing)
+            reasons = list(self._reasons.values())
+        more = len(reasons) - _MOST_REASONS
+        return "; ".join([*reasons[:_MOST_REASONS], *([f"and {more} more"] if more > 0 else [])])
 
     @property
     def rate(self) -> float:
@@ -235,14 +250,16 @@ class RdmaLink(Link):
             endpoint = self.shared.find(rail, self._incarnation)
             made = endpoint is None
             if endpoint is None:
-                up = self.rails.state(rail, time.monotonic()) == "up" or rail == self._only
+                up = self.rails.state(rail, time.monotonic()) == "up"
                 if not (proving or up):
                     return None
                 try:
                     endpoint = self._make(rail)
                 except VerbsError as error:
                     self._probing.discard(rail)
-                    self.rails.failed(rail, time.monotonic())
+                    self._rail_failed(
+                        rail, f"{self._named(rail)}: no queue pairs: {error.strerror}"
+                    )
                     _log.warning("no queue pairs towards %s: %s", self.name, error.strerror)
                     return None
                 self._by_token[endpoint.token] = endpoint
@@ -276,6 +293,7 @@ class RdmaLink(Link):
         with self._lock:
             self._probing.discard(endpoint.rail)
             if state is State.READY:
+                self._reasons.pop(endpoint.rail, None)
                 self.rails.succeeded(endpoint.rail, now)
                 return
             self.shared.forget(endpoint, self._incarnation)
@@ -283,10 +301,20 @@ class RdmaLink(Link):
             self._failed.append((endpoint, now))
             failure = endpoint.failure
             if failure is not None and failure.rail:
-                self.rails.failed(endpoint.rail, now)
+                self._rail_failed(endpoint.rail, failure.reason)
         if failure is not None and failure.rail:
             _log.warning("a rail to %s failed: %s", self.name, failure.reason)
         self._send(Disconnect(endpoint.token))
+
+    def _named(self, rail: Rail) -> str:
+        """As `Endpoint.name`."""
+        ours = self.shared.contexts[rail.local].record.name
+        return f"{ours} -> {self.peer.devices[rail.remote].name}"
+
+    def _rail_failed(self, rail: Rail, reason: str) -> None:
+        """Called with the lock held."""
+        self._reasons[rail] = reason
+        self.rails.failed(rail, time.monotonic())
 
     def _reap(self) -> None:
         """Destroy failed endpoints whose requests have come back, or never will."""

@@ -149,6 +149,11 @@ class Rails:
             del self._resting[rail]
         self._proven.add(rail)
 
+    def forgive(self, rail: Rail) -> None:
+        """Take a rail for one that never failed."""
+        self._resting.pop(rail, None)
+        self._errors.pop(rail, None)
+
     def state(self, rail: Rail, now: float) -> RailState:
         """For people: "probing" has rested enough, and waits for its proof."""
         resting = self._resting.get(rail)

@@ -80,6 +80,11 @@ class SendQueue(Owner):
         with self.completions.lock:
             return self._ended == self._next - 1
 
+    @property
+    def broken(self) -> int:
+        """Status of the first request that failed; 0: none did."""
+        return self._broken
+
     def post(
         self,
         job: Job,
