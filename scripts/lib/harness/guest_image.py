@@ -7,8 +7,7 @@ guest needs is the machine's own root, so the first file system holds busybox an
 
 from __future__ import annotations
 
-import bz2
-import gzip
+import fcntl
 import hashlib
 import io
 import json
@@ -26,11 +25,9 @@ KERNEL = "linux-image-amd64"  # depends on the newest; "-cloud-amd64" has no rdm
 # What reaches the machine's root and carries output; modprobe says what they need in turn.
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "virtio_rng")
 FOLDERS = ("bin", "dev", "proc", "sys", "lower", "up", "new", "modules")
-# How the kernel inside a bzImage begins when it is compressed, and what opens it.
-COMPRESSIONS = (
-    (b"\xfd7zXZ\x00", lzma.LZMADecompressor),
-    (b"BZh", bz2.BZ2Decompressor),
-)
+# How what is compressed begins and ends its name, and what opens it: it comes out even when other
+# bytes follow it, as they do in a bzImage.
+OPENERS = ("xz", b"\xfd7zXZ\x00"), ("zstd", b"\x28\xb5\x2f\xfd")  # Debian 12, Debian 13
 
 
 class NoGuest(RuntimeError):
@@ -48,20 +45,23 @@ class Image:
 
 
 def prepare(cache: Path) -> Image:
-    """The image in `cache`, made anew when this recipe changed; seconds, and minutes at first."""
+    """The image in `cache`, made anew when this recipe changed: half a minute, all in all."""
     recipe = hashlib.sha256(Path(__file__).read_bytes())
     recipe.update((SCRIPTS / "first.sh").read_bytes())
-    done = cache / f"ready-{recipe.hexdigest()[:12]}.json"
-    if not done.exists():
-        shutil.rmtree(cache, ignore_errors=True)
-        cache.mkdir(parents=True)
-        version, kernel = _unpack(cache / "root")
-        (cache / "first.cpio").write_bytes(_first_files(cache / "root", version))
-        kernel = kernel.rename(cache / "kernel")
-        half = done.with_suffix(".part")
-        half.write_text(json.dumps({"version": version}))
-        half.rename(done)  # whole or not at all
-    version = json.loads(done.read_text())["version"]
+    stamp = recipe.hexdigest()[:12]
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once must not unpack into one folder
+        done = cache / f"ready-{stamp}.json"
+        if not done.exists():
+            for old in cache.glob("ready-*.json"):
+                old.unlink()
+            shutil.rmtree(cache / "root", ignore_errors=True)
+            version, kernel = _unpack(cache / "root")
+            (cache / "first.cpio").write_bytes(_first_files(cache / "root", version))
+            kernel.rename(cache / "kernel")
+            done.write_text(json.dumps({"version": version}))
+        version = json.loads(done.read_text())["version"]
     return Image(version, cache / "root", cache / "kernel", cache / "first.cpio")
 
 
@@ -119,17 +119,28 @@ def _both_module_folders(root: Path) -> None:
 
 def unpacked_kernel(packed: bytes) -> bytes | None:
     """The ELF file inside a bzImage, or None when no compression known here gives one."""
-    for magic, opener in COMPRESSIONS:
+    for how, magic in OPENERS:
         at = packed.find(magic)
         while at >= 0:
-            try:
-                data = opener().decompress(packed[at:])
-            except (lzma.LZMAError, OSError, EOFError):
-                data = b""
+            data = _opened(how, packed[at:])
             if data.startswith(b"\x7fELF"):
                 return data
             at = packed.find(magic, at + 1)
     return None
+
+
+def _opened(how: str, packed: bytes) -> bytes:
+    """What is compressed at the beginning of `packed`; nothing when it is not."""
+    if how == "xz":
+        try:
+            return lzma.LZMADecompressor().decompress(packed)
+        except lzma.LZMAError:
+            return b""
+    # Python has zstd from 3.14 on. The tool complains of what follows, after it wrote the rest.
+    tool = shutil.which("zstd")
+    if tool is None:
+        raise NoGuest("this kernel is compressed by zstd: install Debian's zstd")
+    return subprocess.run([tool, "-dcq"], input=packed, capture_output=True, check=False).stdout
 
 
 def _first_files(root: Path, version: str) -> bytes:
@@ -165,11 +176,8 @@ def _with_needs(root: Path, version: str) -> list[Path]:
 
 def _plain_module(path: Path) -> bytes:
     """A module's bytes as busybox's insmod takes them: Debian 13 compresses them."""
-    if path.suffix == ".xz":
-        return lzma.decompress(path.read_bytes())
-    if path.suffix == ".gz":
-        return gzip.decompress(path.read_bytes())
-    return path.read_bytes()
+    data = path.read_bytes()
+    return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
 def _run(*command: str) -> str:
