@@ -262,6 +262,16 @@ def test_a_rail_that_was_proven_again_starts_with_no_errors() -> None:
     assert table.state(rail, 1.0 + PAUSE) == "up"
 
 
+def test_a_rail_that_is_forgiven_is_as_one_that_never_failed() -> None:
+    table, rail = rails(1, 1, threshold=2), Rail(0, 0)
+    for errors in (1, 2, 1):
+        for _ in range(errors):
+            table.failed(rail, 0.0)
+        table.forgive(rail)
+        assert chosen(table) == (rail,)
+        assert table.probes(2 * PAUSE) == ()
+
+
 def test_successes_of_what_was_sent_before_the_failure_prove_nothing() -> None:
     table, rail = rails(), Rail(0, 0)
     table.failed(rail, 0.0)
