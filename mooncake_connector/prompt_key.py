@@ -15,11 +15,11 @@ def prompt_key(token_ids: Sequence[int], extras: Iterable[str] = ()) -> str:
     """Hash of the prompt and of all else that its KV depends on.
 
     Args:
-        token_ids: The whole prompt.
+        token_ids: The whole prompt; a list, or an array (of 64-bit integers, in SGLang).
         extras: LoRA name, hashes of images and their positions, cache salt: in a fixed order.
 
     Returns:
-        32 hexadecimal digits. 20 us for 1000 tokens, most of it the list's conversion.
+        32 hexadecimal digits. For 1000 tokens 50 us, most of it a list's conversion; an array 6.
     """
     digest = hashlib.blake2b(np.asarray(token_ids, "<u4").tobytes(), digest_size=16)
     for extra in extras:

@@ -163,9 +163,9 @@ def _key(req: Req, scheduler: Any, *, rebootstrap: bool) -> str:  # noqa: ANN401
     Images are in it: SGLang puts hashes of them in place of their tokens. An adapter's id is
     random in each server, its name is not.
     """
-    tokens = list(req.origin_input_ids)
+    tokens = req.origin_input_ids  # an array, which is hashed as it is: 10 times faster than a list
     if rebootstrap:  # prefill is sent what was generated, too
-        tokens += req.output_ids
+        tokens = tokens + req.output_ids
     extra, adapter = req.extra_key or "", ""
     if req.lora_id is not None:
         extra = extra.removesuffix(req.lora_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +24,11 @@ def test_keys_are_equal_exactly_when_the_prompts_are(
 def test_a_key_is_the_same_in_every_process_and_version() -> None:
     assert prompt_key([1, 2, 3], ["lora"]) == prompt_key((1, 2, 3), iter(["lora"]))
     assert prompt_key([]) == "cae66941d9efbd404e4d88758ea67670"
+
+
+def test_a_list_and_an_array_of_the_same_tokens_have_one_key() -> None:
+    ids = [1, 2, 2**31, 2**32 - 1]
+    assert prompt_key(array.array("q", ids)) == prompt_key(ids)
 
 
 def test_where_one_extra_ends_and_the_next_begins_counts() -> None:
