@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from harness import sglang_benchmark
-from harness.comparison import Stage, compare
+from harness.comparison import Stage, compare, wait_ready
 from harness.completions import generate, token_prompt
 from harness.sglang import DECODE_RADIX_CACHE, SGLangServers
 from rich.table import Table
@@ -38,10 +38,7 @@ def _start(servers: SGLangServers, transport: str, console: Console) -> Stage:
     aggregated = servers.sglang("aggregated")
     prefill = servers.sglang("prefill", etcd=etcd, settings=path)
     decode = servers.sglang("decode", etcd=etcd, settings=path, flags=DECODE_RADIX_CACHE)
-    for server in (aggregated, prefill, decode):
-        with console.status(f"{server.name}: starting (up to 400 s); log: {server.log}"):
-            server.wait_ready()
-        console.print(f"{server.name} is ready after {time.monotonic() - begin:.0f} s")
+    wait_ready((aggregated, prefill, decode), begin, console)
     router = servers.router(prefill, decode)
     with console.status(f"router: waiting until it has found both servers; log: {router.log}"):
         router.wait_ready()

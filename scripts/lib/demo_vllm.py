@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from harness.comparison import Stage, compare
+from harness.comparison import Stage, compare, wait_ready
 from harness.completions import complete, token_prompt
 from harness.servers import Servers, connector
 
@@ -38,10 +38,7 @@ def _start(servers: Servers, transport: str, console: Console) -> Stage:
         servers.vllm("decode", connector("kv_consumer", etcd, path)),
     ]
     aggregated, _, decode = started
-    for server in started:
-        with console.status(f"{server.name}: starting (up to 400 s); log: {server.log}"):
-            server.wait_ready()
-        console.print(f"{server.name} is ready after {time.monotonic() - begin:.0f} s")
+    wait_ready(started, begin, console)
     proxy = servers.proxy(etcd)
     with console.status(f"proxy: waiting until it has found both servers; log: {proxy.log}"):
         proxy.wait_ready()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -13,6 +14,8 @@ from harness.transfers import Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from harness.completions import Reply
 
@@ -61,6 +64,14 @@ class Row(msgspec.Struct, frozen=True):
     path: str
     aggregated_tokens: tuple[int, ...]
     disaggregated_tokens: tuple[int, ...]
+
+
+def wait_ready(servers: Sequence[Server], began: float, console: Console) -> None:
+    """Wait for servers that were started at `began`, a monotonic second; shows where one is."""
+    for server in servers:
+        with console.status(f"{server.name}: starting (up to 400 s); log: {server.log}"):
+            server.wait_ready()
+        console.print(f"{server.name} is ready after {time.monotonic() - began:.0f} s")
 
 
 def prompts(lengths: Sequence[int]) -> dict[str, list[int]]:
