@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -74,16 +75,51 @@ def test_a_limit_that_holds_no_cache_is_refused_at_start() -> None:
 
 _CHILD = """
 import os, resource
-from mooncake_engine.transport.rdma import memlock  # now: the interpreter may be root's alone
+from mooncake_engine import PathUnavailable, RdmaConfig  # now: the files may be root's alone
+from mooncake_engine.transport.rdma import memlock
+from mooncake_engine.transport.rdma.gpu import Gpu
+from mooncake_engine.transport.rdma.registrations import Registrations
+from mooncake_engine.types import Region
+from verbs_stub import Provider, StubDevice
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 20, 1 << 20))
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)  # drops every capability
 print(memlock.read().allowed, memlock.read().refusal(2 << 20) is not None)
+provider, config, region = Provider(), RdmaConfig(), Region(1 << 40, 600 << 10, "cpu")
+devices = [StubDevice(provider, "nic0"), StubDevice(provider, "nic1")]
+try:
+    Registrations(devices, config, Gpu(config)).add(region)
+except PathUnavailable as refusal:
+    print(refusal)
+print(len(provider.calls))
+Registrations(devices[:1], config, Gpu(config)).add(region)
+print(len(provider.calls))
 """
 
 
-def test_a_lowered_limit_is_seen_in_a_process_without_privileges() -> None:
-    output = subprocess.run(
-        [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=False, timeout=30
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """What a child without privileges says, of which 1 MiB may be locked."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert output.stdout.split() == [str(MIB), "True"], output.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_lowered_limit_is_seen_in_a_process_without_privileges(lines: list[str]) -> None:
+    assert lines[0].split() == [str(MIB), "True"]
+
+
+def test_a_region_beyond_the_limit_on_all_devices_is_refused_before_any_is_asked(
+    lines: list[str],
+) -> None:
+    _, refusal, asked, asked_of_one = lines
+    for part in (str(600 << 10), str(1200 << 10), "nic0, nic1", "ulimit -l"):
+        assert part in refusal
+    assert (asked, asked_of_one) == ("0", "1")
