@@ -7,7 +7,7 @@ import mmap
 import os
 import select
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from mooncake_engine.transport.rdma.verbs import load
@@ -49,6 +49,13 @@ def chosen_gid(gids: Sequence[GidEntry]) -> GidEntry:
     """RoCE v2 over IPv4, else the first."""
     ipv4 = [row for row in gids if row.kind == "roce_v2" and row.raw[10:12] == b"\xff\xff"]
     return (ipv4 or list(gids))[0]
+
+
+class Remote(NamedTuple):
+    """Memory of a peer that is not a `Side`."""
+
+    address: int
+    rkey: int
 
 
 class Side:
@@ -105,7 +112,12 @@ class Side:
         self.pair.to_rtr(RemoteQueue(**{**remote._asdict(), **changes}))
         self.pair.to_rts(limits._replace(sq_psn=self.psn))
 
-    def work(self, peer: Side, rows: Sequence[Row]) -> Work:
+    @property
+    def rkey(self) -> int:
+        """What a peer needs to reach our memory."""
+        return self.region.rkey
+
+    def work(self, peer: Side | Remote, rows: Sequence[Row]) -> Work:
         """Offsets in both memories as a `Work`."""
         counts = np.array([len(entries) for _, entries in rows], np.int64)
         local = np.array([entry for _, entries in rows for entry in entries], np.uint64)
@@ -120,7 +132,7 @@ class Side:
     def post(
         self,
         opcode: Opcode,
-        peer: Side,
+        peer: Side | Remote,
         rows: Sequence[Row],
         *,
         part: slice | None = None,
@@ -133,7 +145,7 @@ class Side:
         """Post; `part`: of the rows. Returns how many were accepted."""
         work = self.work(peer, rows)
         lkeys = np.full(work.local.size, self.region.lkey if lkey is None else lkey, np.uint32)
-        rkeys = np.full(work.remote.size, peer.region.rkey if rkey is None else rkey, np.uint32)
+        rkeys = np.full(work.remote.size, peer.rkey if rkey is None else rkey, np.uint32)
         return self.pair.post(
             opcode,
             work,
