@@ -11,12 +11,9 @@ from urllib.parse import urlsplit
 
 from harness.completions import CompletionFailed, post
 from harness.servers import HOST
-from sglang_stage import REPLY_S
+from server_stage import REPLY_S, LeavingClient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Self
-
     from harness.servers import Server
     from sglang_stage import Stage
 
@@ -84,37 +81,9 @@ def abort(server: Server, request_id: str) -> None:
     connection.close()
 
 
-class Client:
+class Client(LeavingClient):
     """A request whose client goes away when the test wants it."""
 
     def __init__(self, server: Server, ids: list[int], **more: object) -> None:
         """Send it; the answer is streamed when `more` says so."""
-        self._connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=REPLY_S)
-        self._connection.request(
-            "POST",
-            "/generate",
-            json.dumps(body(ids, **more)),
-            headers={"Content-Type": "application/json"},
-        )
-        self._response: http.client.HTTPResponse | None = None
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Of a streamed answer, as they come."""
-        self._response = self._connection.getresponse()
-        assert self._response.status == http.HTTPStatus.OK, self._response.read()
-        for line in self._response:
-            data = line.strip().removeprefix(b"data: ")
-            if data and data != b"[DONE]":
-                yield json.loads(data)
-
-    def leave(self) -> None:
-        """Go away."""
-        if self._response is not None:
-            self._response.close()
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
+        super().__init__(server, "/generate", body(ids, **more))

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import itertools
 import json
-import subprocess
-import sys
-import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etcd_stage import EtcdServer, wait_until
-from harness.completions import token_prompt
+from etcd_stage import EtcdServer
 from harness.servers import get
 from harness.sglang import SGLangServers
+from server_stage import ServerStage, made
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from harness.servers import Server
     from harness.sglang import SGLangServer
 
 PAGE = 64  # tokens
 PAGE_BYTES = PAGE * (4 << 10)  # of the tiny model: 4 layers, each 1 KiB a token
-#: For one reply on two cores that do other things too; a quiet machine needs a second.
-REPLY_S = 120.0
-#: Until a server without work says so. SGLang aborts 2 s after a streaming client left, and 4 s
-#: after one that waits for a whole answer.
-IDLE_S = 20.0
-
-SCRIPTS = Path(__file__).parents[2] / "scripts/lib"
 
 
-class Stage:
-    """One aggregated server, which is always right, beside a prefill/decode pair and its router.
+class Stage(ServerStage):
+    """A stage whose pair stands behind SGLang's router.
 
     A test may kill a side and start it again; every other test finds all alive.
     """
@@ -52,11 +41,11 @@ class Stage:
         flags: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Without `etcd`, ranks register by HTTP; `flags`: more command line by server."""
+        super().__init__(at_rest)
         self.servers = servers
         self._etcd = etcd.address if etcd is not None else ""
         self._flags = flags or {}
         self._rooms = itertools.count(1)
-        self._asked: dict[str, itertools.count[int]] = {}
 
     def start(self) -> None:
         """Start all side by side and wait until they are ready."""
@@ -90,24 +79,6 @@ class Stage:
         """A bootstrap_room that no other request of this run has."""
         return next(self._rooms)
 
-    def alive(self) -> None:
-        """Raise `ServerFailed`, with the end of its log, for a server that ended."""
-        for server in (self.aggregated, self.prefill, self.decode):
-            if not server.running:
-                raise server.failure("has ended, though no test killed it")
-
-    def idle(self) -> None:
-        """Fail unless both sides come to rest with every page free."""
-        self.alive()
-        for server in (self.prefill, self.decode):
-            wait_until(lambda server=server: at_rest(server), IDLE_S, f"{server.name} is at rest")
-        self.alive()
-
-    def prompt(self, length: int, name: str = "") -> list[int]:
-        """Token ids that no other request of this run begins with, the same in every run."""
-        count = self._asked.setdefault(name, itertools.count())
-        return token_prompt(length, zlib.crc32(f"{name} {next(count)} {length}".encode()))
-
 
 @contextlib.contextmanager
 def opened(
@@ -126,13 +97,6 @@ def opened(
     finally:
         if etcd is not None:
             etcd.kill()
-
-
-def made(model: Path) -> Path:
-    """The tiny model's folder, which is made when it is not there."""
-    if not model.exists():
-        subprocess.run([sys.executable, SCRIPTS / "tiny_model.py", model], check=True, timeout=300)
-    return model
 
 
 def load(server: Server) -> dict[str, int]:
@@ -157,14 +121,3 @@ def at_rest(server: Server) -> bool:
     missing.
     """
     return not any(load(server).values())
-
-
-def until(condition: Callable[[], object], within: float, what: str) -> None:
-    """As `wait_until`, for a server that may be starting: no answer is not yet."""
-
-    def met() -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return bool(condition())
-        return False
-
-    wait_until(met, within, what)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from harness.completions import MODEL, post
 from harness.servers import HOST, get
-from vllm_stage import REPLY_S
+from server_stage import REPLY_S, LeavingClient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Self
-
     from harness.servers import Server
     from vllm_stage import Stage
 
@@ -109,40 +104,14 @@ def slowed(path: str, delay_s: float) -> dict[str, Any]:
     return ({"test_protocol": path} if path else {}) | {"test_delay_s": delay_s}
 
 
-class Client:
+class Client(LeavingClient):
     """A request whose client goes away when the test wants it."""
 
     def __init__(self, server: Server, prompt: object, **more: object) -> None:
         """Send it; the answer is streamed when `more` says so."""
         asked = body(prompt, **more)
-        self._connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=REPLY_S)
-        path = CHAT if "messages" in asked else COMPLETIONS
-        self._connection.request(
-            "POST", path, json.dumps(asked), headers={"Content-Type": "application/json"}
-        )
-        self._response: http.client.HTTPResponse | None = None
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Of a streamed answer, as they come."""
-        self._response = self._connection.getresponse()
-        assert self._response.status == http.HTTPStatus.OK, self._response.read()
-        for line in self._response:
-            data = line.strip().removeprefix(b"data: ")
-            if data and data != b"[DONE]":
-                yield json.loads(data)
+        super().__init__(server, CHAT if "messages" in asked else COMPLETIONS, asked)
 
     def streamed(self) -> list[int]:
         """All token ids of a streamed answer of one choice."""
         return [t for e in self.events() for c in e["choices"] for t in c.get("token_ids") or ()]
-
-    def leave(self) -> None:
-        """Go away."""
-        if self._response is not None:
-            self._response.close()
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import itertools
-import subprocess
-import sys
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etcd_stage import EtcdServer, wait_until
-from harness.completions import token_prompt
+from etcd_stage import EtcdServer
 from harness.servers import Server, Servers, connector, free_port, get
 from kv_recording import FOLDER
 from prometheus_client.parser import text_string_to_metric_families
+from server_stage import ServerStage, made
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 PAGE = 64  # tokens
 PAGE_BYTES = 4 * (64 << 10)  # of the tiny model: 4 layers, each 1 KiB a token
 CHUNK = 256  # tokens that prefill computes in one step
 #: Of the nodes' records in these tests: how long etcd lists a server that was killed.
 LEASE_TTL_S = 5
-#: For one reply on two cores that do other things too; a quiet machine needs half a second.
-REPLY_S = 120.0
-#: Until a server that has nothing to do says so: one engine step and one look at its metrics.
-IDLE_S = 20.0
 
 HELPERS = Path(__file__).parent
-SCRIPTS = HELPERS.parents[1] / "scripts/lib"
 #: The connector itself, but for requests whose KV is to be written down.
 RECORDER = {"kv_connector": "RecordingConnector", "kv_connector_module_path": "kv_recorder"}
 
 
-class Stage:
-    """One aggregated server, which is always right, beside one prefill/decode pair.
+class Stage(ServerStage):
+    """A stage whose pair finds its halves in etcd.
 
     A test may kill a side and start it again; every other test finds both alive.
     """
@@ -50,17 +40,14 @@ class Stage:
         flags: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """`recordings`: folder for marked requests; `flags`: more command line by server's name."""
+        super().__init__(at_rest)
         self.servers = servers
         self.etcd = etcd
         self.recordings = recordings
         self._flags = flags or {}
         self.bootstrap_port = free_port()
-        self.aggregated: Server
-        self.prefill: Server
-        self.decode: Server
         self.decode_policy = ""  # kv_load_failure_policy
         self._starts: dict[str, int] = {}
-        self._asked: dict[str, itertools.count[int]] = {}
 
     def start(self) -> None:
         """Start all three side by side and wait until they are ready."""
@@ -99,23 +86,6 @@ class Stage:
             self.etcd.address, "--style", style, "--allow-overrides", name=name
         )
 
-    def alive(self) -> None:
-        """Raise `ServerFailed`, with the end of its log, for a server that ended."""
-        for server in (self.aggregated, self.prefill, self.decode):
-            if not server.running:
-                raise server.failure("has ended, though no test killed it")
-
-    def idle(self) -> None:
-        """Fail unless both sides come to rest with every page free."""
-        self.alive()
-        for server in (self.prefill, self.decode):
-            wait_until(lambda server=server: at_rest(server), IDLE_S, f"{server.name} is at rest")
-
-    def prompt(self, length: int, name: str = "") -> list[int]:
-        """Token ids that no other request of this run begins with, the same in every run."""
-        count = self._asked.setdefault(name, itertools.count())
-        return token_prompt(length, zlib.crc32(f"{name} {next(count)} {length}".encode()))
-
     def _transfer(self, role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         common = {"testing": True, "engine.metadata.lease_ttl_s": LEASE_TTL_S}
         return connector(role, self.etcd.address, common | settings) | RECORDER
@@ -143,13 +113,6 @@ def opened(folder: Path, model: Path, **flags: Sequence[str]) -> Iterator[Stage]
             yield stage
     finally:
         etcd.kill()
-
-
-def made(model: Path) -> Path:
-    """The tiny model's folder, which is made when it is not there."""
-    if not model.exists():
-        subprocess.run([sys.executable, SCRIPTS / "tiny_model.py", model], check=True, timeout=300)
-    return model
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
@@ -186,14 +149,3 @@ def at_rest(server: Server) -> bool:
         "mooncake_connector:held_pages",
     )
     return not any(metric(server, name) for name in names)
-
-
-def until(condition: Callable[[], object], within: float, what: str) -> None:
-    """As `wait_until`, for a server that may be starting: no answer is not yet."""
-
-    def met() -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return bool(condition())
-        return False
-
-    wait_until(met, within, what)

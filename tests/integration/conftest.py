@@ -1,4 +1,4 @@
-"""What tests on real servers share: the model they serve, and where their logs go.
+"""What tests on real servers share: etcd, the model that is served, where logs go, the stage.
 
 `scripts/test` names both folders; without it they are temporary, and the model is made anew.
 """
@@ -7,8 +7,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from etcd_stage import EtcdServer, Stores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from server_stage import ServerStage
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +32,37 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(named) if named else tmp_path_factory.mktemp("logs")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    """A real one, on ports of its own."""
+    server = EtcdServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+    """Opens metadata stores, closed after the test."""
+    opened = Stores()
+    yield opened
+    opened.close()
+
+
+# `session_stage` is each framework's own.
+
+
+@pytest.fixture
+def stage(session_stage: ServerStage) -> Iterator[ServerStage]:
+    """The servers; afterwards no request may be left and every page must be free."""
+    session_stage.alive()
+    yield session_stage
+    session_stage.idle()
+
+
+@pytest.fixture
+def prompt(stage: ServerStage, request: pytest.FixtureRequest) -> Callable[[int], list[int]]:
+    """Makes prompts of a length, each unlike any other of this run, so that no cache has it."""
+    return lambda length: stage.prompt(length, request.node.nodeid)

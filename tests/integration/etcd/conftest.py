@@ -1,4 +1,4 @@
-"""A real etcd per test, on ports of its own."""
+"""What tests of etcd have beside a started one: one that is not, a watch, a publisher to kill."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from etcd_stage import EtcdServer, Seen, Stores
+from etcd_stage import EtcdServer, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture
@@ -29,13 +21,6 @@ def cold_etcd(tmp_path: Path) -> Iterator[EtcdServer]:
     server = EtcdServer(tmp_path)
     yield server
     server.kill()
-
-
-@pytest.fixture
-def stores() -> Iterator[Stores]:
-    opened = Stores()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

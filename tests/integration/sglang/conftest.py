@@ -9,7 +9,7 @@ import pytest
 import sglang_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sglang_stage import Stage
@@ -32,17 +32,3 @@ def session_stage(logs: Path, model: Path) -> Iterator[Stage]:
         pytest.fail("SGLang is not installed here; run these tests by `scripts/test sglang`")
     with sglang_stage.opened(logs, model) as stage:
         yield stage
-
-
-@pytest.fixture
-def stage(session_stage: Stage) -> Iterator[Stage]:
-    """The servers; afterwards no request may be left and every page must be free."""
-    session_stage.alive()
-    yield session_stage
-    session_stage.idle()
-
-
-@pytest.fixture
-def prompt(stage: Stage, request: pytest.FixtureRequest) -> Callable[[int], list[int]]:
-    """Makes prompts of a length, each unlike any other of this run, so that no cache has it."""
-    return lambda length: stage.prompt(length, request.node.nodeid)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness.sglang import POOL_TOKENS
+from server_stage import IDLE_S, REPLY_S, until
 from sglang_requests import Client, abort, ask, both, meeting, moved, refusal, send
-from sglang_stage import IDLE_S, REPLY_S, load, until
+from sglang_stage import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -66,21 +66,6 @@ def bootstrap(port: int) -> Iterator[MooncakeKVBootstrapServer]:
 
 
 @pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def stores() -> Iterator[Stores]:
-    opened = Stores()
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make etcd the place where ranks publish, for this process."""
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.completions import CompletionFailed
 from harness.servers import HOST, get
+from server_stage import IDLE_S, REPLY_S, until
 from sglang_requests import ask, both, meeting, moved, refusal, send
-from sglang_stage import IDLE_S, REPLY_S, at_rest, load, until
+from sglang_stage import at_rest, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable

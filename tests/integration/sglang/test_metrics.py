@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.servers import get
 from prometheus_client.parser import text_string_to_metric_families
+from server_stage import until
 from sglang_requests import both
-from sglang_stage import PAGE_BYTES, until
+from sglang_stage import PAGE_BYTES
 
 from mooncake_connector.stats import Counts
 

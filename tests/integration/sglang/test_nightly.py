@@ -15,8 +15,9 @@ from harness.process import ServerFailed
 from harness.servers import HOST
 from harness.sglang import SGLangServers
 from harness.transfers import Transfers
+from server_stage import IDLE_S, REPLY_S, made, until
 from sglang_requests import Client, ask, both, meeting, moved, send
-from sglang_stage import IDLE_S, PAGE, PAGE_BYTES, REPLY_S, until
+from sglang_stage import PAGE, PAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,7 @@ def test_two_tokenizer_workers_are_refused_with_the_reason(logs: Path, model: Pa
 
 def refused(logs: Path, model: Path, role: Role, **how: Any) -> str:  # noqa: ANN401 - as `sglang` takes them
     """What a server says that ends by itself because it cannot be started like this."""
-    with SGLangServers(logs, sglang_stage.made(model)) as servers:
+    with SGLangServers(logs, made(model)) as servers:
         server = servers.sglang(role, **how)
         with pytest.raises(ServerFailed, match="ended with exit status"):
             server.wait_ready()

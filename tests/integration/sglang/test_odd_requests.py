@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.servers import HOST, free_port
 from harness.sglang import POOL_TOKENS
+from server_stage import IDLE_S, REPLY_S, until
 from sglang_requests import ask, both, meeting, moved, refusal, send
-from sglang_stage import IDLE_S, REPLY_S, load, until
+from sglang_stage import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable

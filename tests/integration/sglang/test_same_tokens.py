@@ -15,8 +15,9 @@ from harness.comparison import compare
 from harness.completions import generate, post
 from harness.sglang import CHUNK_TOKENS
 from harness.transfers import Transfers
+from server_stage import REPLY_S, until
 from sglang_requests import ask, both, send
-from sglang_stage import PAGE, PAGE_BYTES, REPLY_S, until
+from sglang_stage import PAGE, PAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

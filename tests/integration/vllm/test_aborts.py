@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.completions import CompletionFailed
 from harness.transfers import Transfers
+from server_stage import IDLE_S, REPLY_S, until
 from vllm_requests import (
     Client,
     ask,
@@ -16,7 +17,7 @@ from vllm_requests import (
     shared_transfer,
     slowed,
 )
-from vllm_stage import IDLE_S, REPLY_S, held_pages, running, until, waiting
+from vllm_stage import held_pages, running, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ from etcd_stage import wait_until
 from harness.transfers import Transfers
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.metadata import open_store
+from server_stage import REPLY_S
 from vllm_requests import ask, prefill_first
-from vllm_stage import REPLY_S
 
 from mooncake_connector.cluster import NODES, decode_node
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.completions import CompletionFailed
 from harness.transfers import Transfers
+from server_stage import IDLE_S, REPLY_S, until
 from vllm_requests import Client, ask, prefill_first, prefill_leg, send, slowed
-from vllm_stage import IDLE_S, REPLY_S, held_pages, metric, until, waiting
+from vllm_stage import held_pages, metric, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness.servers import VLLM_ENVIRONMENT, VLLM_TIMEOUT_S
-from vllm_stage import made
+from server_stage import made
 
 # A vLLM of its own, one more than every change can afford.
 pytestmark = [pytest.mark.integration, pytest.mark.nightly]

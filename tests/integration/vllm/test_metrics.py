@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.servers import get
 from prometheus_client.parser import text_string_to_metric_families
+from server_stage import until
 from vllm_requests import ask, prefill_first, prefill_leg
-from vllm_stage import PAGE_BYTES, metric, until
+from vllm_stage import PAGE_BYTES, metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import vllm_stage
 from harness.transfers import Transfers
+from server_stage import REPLY_S, until
 from vllm_requests import ask, both_at_once, prefill_first
-from vllm_stage import PAGE_BYTES, REPLY_S, metric
+from vllm_stage import PAGE_BYTES, metric
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,9 +31,7 @@ def test_a_prefill_that_is_preempted_is_read_anew(logs: Path, model: Path) -> No
             expected = [ask(stage.aggregated, ids, max_tokens=200) for ids in growing]
             with ThreadPoolExecutor(6) as threads:
                 others = [threads.submit(ask, stage.prefill, i, max_tokens=200) for i in growing]
-                vllm_stage.until(
-                    lambda: vllm_stage.running(stage.prefill) == 6, REPLY_S, "prefill is busy"
-                )
+                until(lambda: vllm_stage.running(stage.prefill) == 6, REPLY_S, "prefill is busy")
                 assert both_at_once(stage, asked) == ask(stage.aggregated, asked), number
                 assert [one.result(REPLY_S) for one in others] == expected
             stage.idle()

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness.transfers import Transfers
+from server_stage import until
 from vllm_requests import ask, both_at_once, prefill_first, prefill_leg
-from vllm_stage import PAGE, PAGE_BYTES, held_pages, metric, until
+from vllm_stage import PAGE, PAGE_BYTES, held_pages, metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.servers import HOST, Server, free_port
 from harness.transfers import Transfers
+from server_stage import REPLY_S
 from vllm_requests import Client, ask
-from vllm_stage import REPLY_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from demo_vllm import LENGTHS
 from harness.transfers import Transfers
+from server_stage import IDLE_S, REPLY_S, until
 from vllm_requests import (
     Client,
     ask,
@@ -18,7 +19,7 @@ from vllm_requests import (
     shared_transfer,
     slowed,
 )
-from vllm_stage import CHUNK, IDLE_S, PAGE, PAGE_BYTES, REPLY_S, until, waiting
+from vllm_stage import CHUNK, PAGE, PAGE_BYTES, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
