@@ -40,11 +40,11 @@ _THEIRS = {9, 10, 11}  # REM_INV_REQ_ERR, REM_ACCESS_ERR, REM_OP_ERR: theirs
 _LOOK_S = 1.0
 #: Under way at once: what a lane moves in this time, so that a cancel waits no longer; but so many
 #: bytes and requests that the NIC has work while what has completed is replaced.
-_WINDOW_S = 0.05
+_WINDOW_S = 0.1
 _MIN_WINDOW = 1 << 20
 _MIN_REQUESTS = 4
-#: A window is posted in so many chains: each tells when it has completed, and is replaced.
-_CHAINS = 4
+#: A window is posted in so many chains: while one is replaced the other keeps the NIC at work.
+_CHAINS = 2
 
 
 class Moving:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
@@ -102,6 +103,8 @@ class NativeDevice(Device):
         self.library = library
         self.name = name
         self.context: int | None = context
+        # Soft-RoCE sends the packets within the call: milliseconds, and no other thread runs.
+        self._in_software = not Path(f"/sys/class/infiniband/{name}/device").exists()
         self.protection = made(library.ibv_alloc_pd(context), f"a protection domain on {name}")
 
     @override
@@ -193,7 +196,9 @@ class NativeDevice(Device):
         """A function of the data path, by its offset in the context."""
         assert self.context is not None
         address = ctypes.c_uint64.from_address(self.context + offset).value
-        return ctypes.PYFUNCTYPE(*signature)(address)  # type: ignore[arg-type]  # ctypes types
+        if self._in_software and offset == abi.CONTEXT_POST_SEND:
+            return ctypes.CFUNCTYPE(*signature)(address)  # type: ignore[arg-type]  # ctypes types
+        return ctypes.PYFUNCTYPE(*signature)(address)  # type: ignore[arg-type]  # ditto
 
     @override
     def close(self) -> None:

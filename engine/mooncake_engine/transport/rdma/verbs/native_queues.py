@@ -1,7 +1,7 @@
 """Channels, completion queues and queue pairs of the native binding: the data path.
 
 Posting and polling keep the interpreter lock: they take less than giving it up does, which beside
-a busy thread costs up to 5 ms.
+a busy thread costs up to 5 ms. (But for posting to devices in software, see `NativeDevice`.)
 """
 
 from __future__ import annotations
