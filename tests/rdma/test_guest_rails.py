@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 import rails
 from harness.verbs_sides import Side, binding
-from mooncake_engine.transport.rdma.verbs.base import Opcode
+from mooncake_engine.transport.rdma.verbs.base import Opcode, VerbsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mooncake_engine.transport.rdma.verbs.base import Verbs
 
 SUCCESS, RETRIES_EXCEEDED = 0, 12
@@ -24,17 +28,28 @@ def verbs() -> Verbs:
     return binding()
 
 
-def write_over(verbs: Verbs, rail: rails.Rail) -> int:
-    """Write from the rail's first device to its second; the status, and the bytes were checked."""
-    with Side(verbs, rail.devices[0], psn=3) as ours, Side(verbs, rail.devices[1], psn=5) as theirs:
+@contextlib.contextmanager
+def connected(verbs: Verbs, names: tuple[str, str]) -> Iterator[tuple[Side, Side]]:
+    """From one device to another."""
+    with Side(verbs, names[0], psn=3) as ours, Side(verbs, names[1], psn=5) as theirs:
         ours.connect(theirs)
         theirs.connect(ours)
-        ours.data[:NBYTES] = np.arange(NBYTES) % 251
-        assert ours.post(Opcode.WRITE, theirs, [(0, [(0, NBYTES)])]) == 1
-        (end,) = ours.completions(1)
-        arrived = bool((theirs.data[:NBYTES] == ours.data[:NBYTES]).all())
-        assert arrived == (end["status"] == SUCCESS)
-        return int(end["status"])
+        yield ours, theirs
+
+
+def write(ours: Side, theirs: Side) -> int:
+    """Write from one to the other; the status, which the bytes bear out."""
+    ours.data[:NBYTES] = np.random.default_rng().integers(0, 256, NBYTES, np.uint8)
+    assert ours.post(Opcode.WRITE, theirs, [(0, [(0, NBYTES)])]) == 1
+    (end,) = ours.completions(1)
+    arrived = bool((theirs.data[:NBYTES] == ours.data[:NBYTES]).all())
+    assert arrived == (end["status"] == SUCCESS)
+    return int(end["status"])
+
+
+def write_over(verbs: Verbs, rail: rails.Rail) -> int:
+    with connected(verbs, rail.devices) as sides:
+        return write(*sides)
 
 
 def test_each_rail_carries_its_own_traffic(
@@ -49,22 +64,33 @@ def test_each_rail_carries_its_own_traffic(
         assert max(sent[2:]) < NBYTES // 16  # what a kernel says to its neighbours
 
 
-def test_a_lowered_rail_carries_nothing_the_other_goes_on_and_a_lifted_one_carries_again(
+def test_a_rail_that_is_lowered_meets_silence_and_the_other_goes_on(
     both_rails: tuple[rails.Rail, rails.Rail], verbs: Verbs
 ) -> None:
     first, second = both_rails
-    with rails.lowered(first):
-        assert write_over(verbs, first) == RETRIES_EXCEEDED
-        assert write_over(verbs, second) == SUCCESS
+    with connected(verbs, first.devices) as sides:
+        assert write(*sides) == SUCCESS
+        with rails.lowered(first):
+            assert write(*sides) == RETRIES_EXCEEDED
+            assert write_over(verbs, second) == SUCCESS
+
+
+def test_a_lowered_rail_takes_no_connection_and_a_lifted_one_does(
+    both_rails: tuple[rails.Rail, rails.Rail], verbs: Verbs
+) -> None:
+    first, _ = both_rails
+    with rails.lowered(first), pytest.raises(VerbsError) as refused:
+        write_over(verbs, first)
+    assert refused.value.errno == errno.ENETUNREACH
     assert write_over(verbs, first) == SUCCESS
 
 
-def test_a_device_without_a_path_to_the_other_pair_says_so(
+def test_there_is_no_path_from_one_rail_to_the_other(
     both_rails: tuple[rails.Rail, rails.Rail], verbs: Verbs
 ) -> None:
     first, second = both_rails
-    crossed = rails.Rail("", (first.devices[0], second.devices[0]), ("", ""))
-    assert write_over(verbs, crossed) == RETRIES_EXCEEDED
+    with connected(verbs, (first.devices[0], second.devices[0])) as sides:
+        assert write(*sides) == RETRIES_EXCEEDED
 
 
 def test_tools_of_the_distribution_see_the_devices(devices: list[str]) -> None:

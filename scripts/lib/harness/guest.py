@@ -14,6 +14,7 @@ import contextlib
 import os
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,12 +71,13 @@ def run(order: Order, image: Image) -> int:
             start_new_session=True,  # Ctrl-C is handled here
         )
         os.close(writing)
+        in_time = False
         try:
             in_time = _pass_on(reading, time.monotonic() + order.limit_s)
         finally:
             if qemu.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    qemu.wait(0.0 if sys.exc_info()[0] else 5.0)  # powering off
+                    qemu.wait(5.0 if in_time else 0.0)  # it is powering off
                 qemu.kill()
                 qemu.wait()
             os.close(reading)
@@ -112,6 +114,8 @@ def _write_control(control: Path, order: Order, image: Image) -> None:
 
 
 def _qemu(control: Path, order: Order, image: Image, output: int) -> list[str]:
+    if shutil.which("qemu-system-x86_64") is None:
+        raise NoGuest("no qemu-system-x86_64 on this machine: install Debian's qemu-system-x86")
     hardware = _hardware_virtualisation()
     folders = {"control": control} | {f"share{i}": p.resolve() for i, p in enumerate(order.shares)}
     command = [
