@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mooncake_engine import EngineConfig, MetadataConfig, RdmaConfig, TcpConfig, TransferEngine
 from mooncake_engine.testing import conformance
@@ -21,7 +21,7 @@ PATIENT = {"send_timeout": 18}
 
 
 def config(
-    *devices: str, strict: bool = True, engine: dict[str, Any] | None = None, **rdma: Any
+    *devices: str, strict: bool = True, engine: dict[str, object] | None = None, **rdma: object
 ) -> EngineConfig:
     """An engine's settings with these devices; `rdma` are fields of `RdmaConfig`."""
     return EngineConfig(
@@ -43,7 +43,7 @@ def pair_of(
     *,
     child: bool = True,
     strict: bool = True,
-    **rdma: Any,
+    **rdma: object,
 ) -> Iterator[conformance.Pair]:
     """Two engines; `rdma` are settings of both."""
     kind = ChildTarget if child else LocalTarget

@@ -21,7 +21,7 @@ from mooncake_engine.transport.rdma.cuda import TO_OWNER, Attribute, CudaError, 
 from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from mooncake_engine.config import RdmaConfig
     from mooncake_engine.transport.rdma.verbs.base import Access, Device, MemoryRegion
@@ -184,6 +184,12 @@ def ordinal(location: str) -> int | None:
     """The N of "cuda:N"; None for other memory."""
     kind, _, number = location.partition(":")
     return int(number or 0) if kind == "cuda" else None
+
+
+def gpus_of(locations: Iterable[str]) -> tuple[int, ...]:
+    """The GPUs among memory locations, once each."""
+    found = {ordinal(location) for location in locations}
+    return tuple(sorted(gpu for gpu in found if gpu is not None))
 
 
 def _unordered(driver: Driver, gpu: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ from mooncake_engine.transport.rdma.messages import (
     MessageStream,
     Proven,
     Refused,
+    Settle,
+    Settled,
     WantKeys,
     Welcome,
 )
@@ -75,6 +78,8 @@ class RdmaLink(Link):
         self._failed: list[tuple[Endpoint, float]] = []  # and when it failed
         self._probing: set[Rail] = set()  # rails that rested and are being tried
         self._reasons: dict[Rail, str] = {}  # why rails failed that have not worked since
+        self._settling: dict[int, Job] = {}
+        self._settled: dict[int, str] = {}
         self._turn = 0
         self._rate = 0.0
         self._only: Rail | None = None
@@ -329,6 +334,19 @@ class RdmaLink(Link):
         """As `_reap`; for a lane that waits for its requests to come back."""
         self._reap()
 
+    def settle(self, gpus: tuple[int, ...], job: Job) -> int:
+        """Ask the peer to let its GPUs see what was written; `job` is woken by the answer."""
+        token = secrets.randbits(63)
+        with self._lock:
+            self._settling[token] = job
+        self._send(Settle(token, gpus))
+        return token
+
+    def settled(self, token: int, *, forget: bool = False) -> str | None:
+        """The answer to `settle`: empty when all is well, else why not; None: not there yet."""
+        with self._lock:
+            return self._settled.pop(token, "") if forget else self._settled.get(token)
+
     # The control connection.
 
     def _send(self, message: messages.Message) -> None:
@@ -356,6 +374,12 @@ class RdmaLink(Link):
                     endpoint = self._by_token.get(token)
                 if endpoint is not None:  # else it failed meanwhile
                     _tell(endpoint, message)
+            case Settled(token=token, error=error):
+                with self._lock:
+                    job = self._settling.pop(token, None)
+                    if job is not None:
+                        self._settled[token] = error
+                        job.wake()
             case Keys():
                 self._take_keys(message)
                 with self._lock:

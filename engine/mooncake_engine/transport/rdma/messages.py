@@ -6,6 +6,7 @@
     a WRITE_WITH_IMM on each of them    ~>  <- Proven, for each that arrived
     Disconnect ->
     WantKeys ->                             <- Keys
+    Settle (after a write into a GPU's memory) ->  <- Settled
 
 Each message is four bytes of length and msgpack. The end of the connection is the end of all
 endpoints made over it.
@@ -109,7 +110,33 @@ class Keys(msgspec.Struct, frozen=True, tag=True):
     locations: tuple[str, ...]  # one for each row
 
 
-Message = Hello | Welcome | Connect | Accepted | Refused | Proven | Disconnect | WantKeys | Keys
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """We wrote into memory of these GPUs of yours: make it visible to them."""
+
+    token: int
+    gpus: tuple[int, ...]
+
+
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    """Done; or why it could not be, and the bytes must not be used."""
+
+    token: int
+    error: str = ""
+
+
+Message = (
+    Hello
+    | Welcome
+    | Connect
+    | Accepted
+    | Refused
+    | Proven
+    | Disconnect
+    | WantKeys
+    | Keys
+    | Settle
+    | Settled
+)
 _decoder = msgspec.msgpack.Decoder(Message)
 
 

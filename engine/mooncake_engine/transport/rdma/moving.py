@@ -13,12 +13,14 @@ from mooncake_engine.device import is_device
 from mooncake_engine.errors import LaneError, PathLost
 from mooncake_engine.transport.rdma import work
 from mooncake_engine.transport.rdma.endpoint import Endpoint, Failure, State
+from mooncake_engine.transport.rdma.gpu import gpus_of
 from mooncake_engine.transport.rdma.send_queue import FLUSHED
 from mooncake_engine.transport.rdma.verbs.base import Opcode
 from mooncake_engine.types import Op, Status
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Callable
 
     import numpy as np
     from numpy.typing import NDArray
@@ -97,7 +99,28 @@ class Moving:
             self._wait()
         if self._failure is not None:
             raise self._failure
-        self._link.shared.settle(self._locations, self._piece.op)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let the GPUs whose memory was written see the bytes. Raises `LaneError`."""
+        if self._piece.op is Op.READ:
+            self._link.shared.settle(gpus_of(self._locations))
+            return
+        _, locations = self._link.keys
+        gpus = gpus_of({locations[row] for row in set(self._cut.remote_rows.tolist())})
+        if gpus:
+            token = self._link.settle(gpus, self._job)
+            self._await(lambda: self._link.settled(token) is not None)
+            if error := self._link.settled(token, forget=True):
+                raise self._error(Status.FAILED, error)
+
+    def _await(self, done: Callable[[], bool]) -> None:
+        """Wait for an answer of the peer's. Raises `LaneError` when told to end before."""
+        while not done():
+            self._look()
+            if self._failure is not None:
+                raise self._failure
+            self._job.wait(min(self._deadline, time.monotonic() + _LOOK_S))
 
     # What to move.
 
@@ -152,11 +175,7 @@ class Moving:
         """Ask for the peer's keys and wait for the answer. Raises `LaneError` when told to end."""
         old = self._link.keys
         self._link.ask_for_keys(self._job)
-        while self._link.keys is old:
-            self._look()
-            if self._failure is not None:
-                raise self._failure
-            self._job.wait(min(self._deadline, time.monotonic() + _LOOK_S))
+        self._await(lambda: self._link.keys is not old)
 
     # What ends it early.
 

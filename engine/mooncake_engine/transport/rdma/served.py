@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
+from mooncake_engine.errors import LaneError
 from mooncake_engine.transport import sockets
 from mooncake_engine.transport.rdma import gids, messages
 from mooncake_engine.transport.rdma.completions import Owner
@@ -24,6 +25,8 @@ from mooncake_engine.transport.rdma.messages import (
     Proven,
     QueueAddress,
     Refused,
+    Settle,
+    Settled,
     WantKeys,
     Welcome,
 )
@@ -74,6 +77,7 @@ class Server:
         listener: socket.socket,
         contexts: Mapping[str, Context],
         keys: Callable[[], Keys],
+        settle: Callable[[int], None],
         incarnation: str,
         timeout_s: float,
     ) -> None:
@@ -83,12 +87,14 @@ class Server:
             listener: Where initiators connect.
             contexts: Our NICs by name.
             keys: What is registered now.
+            settle: Makes what NICs wrote visible to a GPU, or raises `LaneError`.
             incarnation: Ours.
             timeout_s: For a greeting.
         """
         self._listener = listener
         self._contexts = contexts
         self._keys = keys
+        self._settle = settle
         self._incarnation = incarnation
         self._timeout_s = timeout_s
         self._closing = threading.Event()
@@ -138,7 +144,7 @@ class Server:
                 stream.close()
 
     def _run(self, stream: MessageStream, peer: str) -> None:
-        endpoints = _Endpoints(stream, self._contexts, self._keys)
+        endpoints = _Endpoints(stream, self._contexts, self._keys, self._settle)
         try:
             if self._greet(stream):
                 stream.set_patience(None)
@@ -174,11 +180,16 @@ class _Endpoints:
     """The queue pairs that one initiator asked for. One thread runs it."""
 
     def __init__(
-        self, stream: MessageStream, contexts: Mapping[str, Context], keys: Callable[[], Keys]
+        self,
+        stream: MessageStream,
+        contexts: Mapping[str, Context],
+        keys: Callable[[], Keys],
+        settle: Callable[[int], None],
     ) -> None:
         self._stream = stream
         self._contexts = contexts
         self._keys = keys
+        self._settle = settle
         self._by_token: dict[int, list[_Answering]] = {}
 
     def run(self) -> None:
@@ -191,8 +202,18 @@ class _Endpoints:
                     self._drop(token)
                 case WantKeys():
                     self._stream.send(self._keys())
+                case Settle() as wanted:
+                    self._stream.send(self._settled(wanted))
                 case other:
                     raise Malformed(f"it sent a {type(other).__name__}, which targets do not take")
+
+    def _settled(self, wanted: Settle) -> Settled:
+        try:
+            for gpu in wanted.gpus:
+                self._settle(gpu)
+        except LaneError as error:
+            return Settled(wanted.token, str(error))
+        return Settled(wanted.token)
 
     def _connect(self, wanted: Connect) -> None:
         context = self._contexts.get(wanted.target)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from mooncake_engine.topology import host_of
 from mooncake_engine.topology.partners import Side, partners
 from mooncake_engine.transport.rdma.endpoint_store import EndpointStore
-from mooncake_engine.transport.rdma.gpu import ordinal
 from mooncake_engine.transport.rdma.rails import Rails
-from mooncake_engine.types import Op
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,13 +67,10 @@ class Shared:
         """An ibv_wc_status in words."""
         return self.contexts[0].text(status)
 
-    def settle(self, locations: set[str], op: Op) -> None:
-        """Bytes read into memory on these locations may be used after this."""
-        if op is Op.READ:
-            for location in locations:
-                gpu = ordinal(location)
-                if gpu is not None:
-                    self._gpu.flush_writes(gpu)
+    def settle(self, gpus: tuple[int, ...]) -> None:
+        """What our NICs read into memory of these GPUs may be used after this. See `Gpu`."""
+        for gpu in gpus:
+            self._gpu.flush_writes(gpu)
 
     # Endpoints, by rail and peer.
 

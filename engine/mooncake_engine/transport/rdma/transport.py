@@ -79,7 +79,14 @@ class RdmaTransport(Transport):
         listener = sockets.listen(bind, rdma.min_port, rdma.max_port, "rdma")
         port: int = listener.getsockname()[1]
         contexts = {context.record.name: context for context in self.shared.contexts}
-        server = Server(listener, contexts, self._keys, self.incarnation, config.connect_timeout_s)
+        server = Server(
+            listener,
+            contexts,
+            self._keys,
+            self._gpu.flush_writes,
+            self.incarnation,
+            config.connect_timeout_s,
+        )
         opening.callback(server.close)
         return RdmaEndpoint(
             host=config.host or (hosts.default_address() if hosts.is_wildcard(bind) else bind),
