@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ LIMITS = DeviceAttributes(
     max_qp_init_rd_atom=16,
     phys_port_cnt=2,
 )
+FLUSHED = 5  # IBV_WC_WR_FLUSH_ERR
 PORT = PortAttributes(
     state=4,
     active_mtu=4096,
@@ -183,12 +185,12 @@ class StubCompletionQueue(_Thing, CompletionQueue):
         self._channel = channel
         self._lock = threading.Lock()  # guards the two below
         self._armed = False
-        self._waiting: list[tuple[int, int]] = []
+        self._waiting: list[tuple[int, int, int]] = []
 
-    def complete(self, wr_id: int, qp_num: int) -> None:
+    def complete(self, wr_id: int, qp_num: int, status: int = 0) -> None:
         with self._lock:
             assert len(self._waiting) < self.depth, "the completion queue overflowed"
-            self._waiting.append((wr_id, qp_num))
+            self._waiting.append((wr_id, qp_num, status))
             if self._armed:
                 self._armed = False
                 self._channel.ring()
@@ -203,8 +205,8 @@ class StubCompletionQueue(_Thing, CompletionQueue):
         with self._lock:
             taken, self._waiting = self._waiting[: into.size], self._waiting[into.size :]
         into[: len(taken)] = np.zeros(len(taken), into.dtype)
-        for row, (wr_id, qp_num) in enumerate(taken):
-            into[row]["wr_id"], into[row]["qp_num"] = wr_id, qp_num
+        for row, (wr_id, qp_num, status) in enumerate(taken):
+            into[row]["wr_id"], into[row]["qp_num"], into[row]["status"] = wr_id, qp_num, status
         return len(taken)
 
 
@@ -275,6 +277,95 @@ class StubQueuePair(_Thing, QueuePair):
         self.provider.called("post_receive", wr_id=wr_id)
 
 
+class HeldQueuePair(StubQueuePair):
+    """Requests are under way until the test ends them: in order, and in error all at once."""
+
+    def __init__(
+        self, provider: Provider, number: int, send: StubCompletionQueue, caps: QueueCaps
+    ) -> None:
+        super().__init__(provider, number, send, caps)
+        self._sending = threading.Lock()  # guards all below
+        self._under_way: deque[tuple[int, bool]] = deque()  # wr_id, and whether its end is told
+        self._broken = False
+        self.accepts = caps.max_send_wr  # of one chain; less than asked for: the queue is full
+        self.ended_well: set[int] = set()  # wr_ids
+
+    @property
+    def under_way(self) -> list[int]:
+        """The wr_ids that this may read or write memory for."""
+        with self._sending:
+            return [wr_id for wr_id, _ in self._under_way]
+
+    def end(self, count: int) -> None:
+        """The `count` oldest requests end well."""
+        with self._sending:
+            for _ in range(min(count, len(self._under_way))):
+                wr_id, told = self._under_way.popleft()
+                self.ended_well.add(wr_id)
+                if told:
+                    self._send.complete(wr_id, self.number)
+
+    def fail(self, status: int) -> None:
+        """The oldest request ends in error, and all behind it as flushed."""
+        with self._sending:
+            if self._under_way:
+                self._broken = True
+                self._send.complete(self._under_way.popleft()[0], self.number, status)
+                self._flush()
+
+    def _flush(self) -> None:
+        while self._under_way:
+            self._send.complete(self._under_way.popleft()[0], self.number, FLUSHED)
+
+    @override
+    def to_error(self) -> None:
+        super().to_error()
+        with self._sending:
+            self._broken = True
+            self._flush()
+
+    @override
+    def post(
+        self,
+        opcode: Opcode,
+        work: Work,
+        rows: slice,
+        lkeys: NDArray[np.uint32],
+        rkeys: NDArray[np.uint32],
+        *,
+        wr_id: int,
+        signal_every: int,
+        inline: int,
+    ) -> int:
+        self.provider.called("post", rows=rows, wr_id=wr_id)
+        count = rows.stop - rows.start
+        accepted = min(count, self.accepts)
+        with self._sending:
+            assert not self._closed, "posted to a queue pair that was destroyed"
+            full = len(self._under_way) + accepted > self.caps.max_send_wr
+            assert not full, "more was posted than the queue has room for"
+            for row in range(accepted):
+                self._add(wr_id + row, told=(row + 1) % signal_every == 0 or row == count - 1)
+        return accepted
+
+    @override
+    def post_imm(self, imm: int, data: bytes, remote: int, rkey: int, *, wr_id: int) -> None:
+        self.provider.called("post_imm", imm=imm, data=data, remote=remote, rkey=rkey, wr_id=wr_id)
+        with self._sending:
+            self._add(wr_id, told=True)
+
+    def _add(self, wr_id: int, *, told: bool) -> None:
+        self._under_way.append((wr_id, told))
+        if self._broken:
+            self._flush()
+
+    @override
+    def close(self) -> None:
+        with self._sending:
+            self._under_way.clear()  # what had not ended never says so
+        super().close()
+
+
 class StubDevice(Device):
     def __init__(
         self,
@@ -283,9 +374,10 @@ class StubDevice(Device):
         *,
         limits: DeviceAttributes = LIMITS,
         port: PortAttributes = PORT,
+        queue_pairs: type[StubQueuePair] = StubQueuePair,
     ) -> None:
         self.provider, self.name = provider, name
-        self._limits, self._port = limits, port
+        self._limits, self._port, self._queue_pairs = limits, port, queue_pairs
 
     @override
     def attributes(self) -> DeviceAttributes:
@@ -339,7 +431,7 @@ class StubDevice(Device):
     ) -> StubQueuePair:
         assert isinstance(send, StubCompletionQueue)
         number = self.provider.called("queue_pair", device=self.name, caps=caps)
-        return StubQueuePair(self.provider, number, send, caps)
+        return self._queue_pairs(self.provider, number, send, caps)
 
     @override
     def close(self) -> None:

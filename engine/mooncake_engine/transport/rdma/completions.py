@@ -59,10 +59,20 @@ class Completions:
         with self.lock:
             self._owners[number] = owner
 
-    def remove(self, number: int) -> None:
-        """Forget a queue pair; none of its requests is under way."""
+    def remove(self, number: int, owner: Owner) -> None:
+        """Forget a queue pair that was destroyed, and what it completed before.
+
+        A device does not take that out of the queue; it would take places that are given back.
+        """
+        self.drain()
         with self.lock:
-            self._owners.pop(number, None)
+            if self._owners.get(number) is owner:  # else a new queue pair has got its number
+                del self._owners[number]
+
+    def drain(self) -> None:
+        """Poll until the queue is empty."""
+        while self.poll():
+            pass
 
     def take(self, wanted: int, job: Job) -> int:
         """Take up to `wanted` places; with none left `job` is woken when there are. Lock held."""
@@ -121,8 +131,7 @@ class Completions:
 
     def serve(self) -> None:
         """The channel spoke: poll until empty, and arm again while anything is under way."""
-        while self.poll():
-            pass
+        self.drain()
         if self._taken or self._keep_armed:
             self.arm()
 

@@ -223,5 +223,5 @@ class SendQueue(Owner):
         with self._posting:
             self._closed = True
             self.queue_pair.close()
-        self.completions.remove(self.queue_pair.number)
+        self.completions.remove(self.queue_pair.number, self)
         self.abandon()

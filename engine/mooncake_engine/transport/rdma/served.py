@@ -66,7 +66,7 @@ class _Answering(Owner):
     def close(self) -> None:
         """Destroy it; afterwards its NIC touches no memory for it. Idempotent."""
         self.queue_pair.close()
-        self._context.receives.remove(self.queue_pair.number)
+        self._context.receives.remove(self.queue_pair.number, self)
 
 
 class Server:
