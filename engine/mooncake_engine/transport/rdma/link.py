@@ -1,39 +1,23 @@
-"""One peer over RDMA: its control connection, its keys, the rails to it and their endpoints."""
+"""One peer over RDMA: the rails to it and their endpoints."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import secrets
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from mooncake_engine.errors import LaneError, PathUnavailable
+from mooncake_engine.errors import LaneError
 from mooncake_engine.topology.rails import NicPair
 from mooncake_engine.transport import sockets
 from mooncake_engine.transport.base import Lane, Link
-from mooncake_engine.transport.rdma import messages
 from mooncake_engine.transport.rdma import rails as rails_module
+from mooncake_engine.transport.rdma.control import Control
 from mooncake_engine.transport.rdma.endpoint import Endpoint, Failure, State
-from mooncake_engine.transport.rdma.keys import KeyTable
 from mooncake_engine.transport.rdma.lane import RdmaLane
-from mooncake_engine.transport.rdma.messages import (
-    Accepted,
-    Disconnect,
-    Hello,
-    Keys,
-    Malformed,
-    MessageStream,
-    Proven,
-    Refused,
-    Settle,
-    Settled,
-    WantKeys,
-    Welcome,
-)
+from mooncake_engine.transport.rdma.messages import Accepted, Disconnect, Proven, Refused
 from mooncake_engine.transport.rdma.rails import Rail
 from mooncake_engine.transport.rdma.verbs.base import VerbsError
 from mooncake_engine.types import Status
@@ -73,106 +57,46 @@ class RdmaLink(Link):
         self.rails: Rails = shared.rails(name, peer)
         self._incarnation = incarnation
         self._lock = threading.Lock()  # guards all below
-        self._gone = ""
         self._by_token: dict[int, Endpoint] = {}
         self._failed: list[tuple[Endpoint, float]] = []  # and when it failed
         self._probing: set[Rail] = set()  # rails that rested and are being tried
         self._reasons: dict[Rail, str] = {}  # why rails failed that have not worked since
-        self._settling: dict[int, Job] = {}
-        self._settled: dict[int, str] = {}
         self._turn = 0
         self._rate = 0.0
         self._only: Rail | None = None
-        self._keys: tuple[KeyTable, tuple[str, ...]] | None = None
-        self._keys_wanted: set[Job] = set()
-        self._stream = self._dial()
-        self._reader = threading.Thread(target=self._read, name=f"rdma-control-{name}", daemon=True)
-        self._reader.start()
+        self.control = Control(
+            self.name,
+            incarnation,
+            peer,
+            shared.connect_timeout_s,
+            on_answer=self._on_answer,
+            on_gone=self._on_gone,
+        )
+        self.control.start()
         self._prepare()
 
     def _prepare(self) -> None:
         """Start the endpoints that the first transfer will use; waits for none of them."""
         ours = set(self.shared.registrations.snapshot.locations.tolist()) or {"cpu"}
-        theirs = set(self.keys[1]) or {"cpu"}
+        theirs = set(self.control.keys[1]) or {"cpu"}
         for rail in {rail for a in ours for b in theirs for rail in self.rails_of(a, b)}:
             self.endpoint(rail)
 
-    def _dial(self) -> MessageStream:
-        timeout = self.shared.connect_timeout_s
-        try:
-            stream = MessageStream(sockets.dial(self.peer.host, self.peer.port, timeout))
-        except (OSError, ValueError) as failure:
-            raise PathUnavailable(f"cannot connect to {self.name}: {failure}") from failure
-        try:
-            stream.set_patience(timeout)
-            stream.send(Hello(self._incarnation))
-            welcome = stream.receive()
-            if not isinstance(welcome, Welcome):
-                raise Malformed("it did not greet")
-            if welcome.refusal:
-                raise PathUnavailable(f"{self.name} refuses: {welcome.refusal}")
-            stream.send(WantKeys())
-            keys = stream.receive()
-            if not isinstance(keys, Keys):
-                raise Malformed("it did not tell its keys")
-            self._take_keys(keys)
-            stream.set_patience(None)
-        except (OSError, EOFError, Malformed) as failure:
-            stream.close()
-            raise PathUnavailable(f"no greeting from {self.name}: {failure}") from failure
-        except BaseException:
-            stream.close()
-            raise
-        return stream
-
     @override
     def open_lane(self) -> Lane:
-        if self._gone:
-            raise LaneError(Status.PEER_GONE, self._gone)
+        if self.control.gone:
+            raise LaneError(Status.PEER_GONE, self.control.gone)
         return RdmaLane(self)
 
     @override
     def close(self) -> None:
-        self._stream.shutdown()
-        self._reader.join()
-        self._stream.close()
+        self.control.close()
         with self._lock:
             endpoints = [*self._by_token.values(), *(endpoint for endpoint, _ in self._failed)]
             self._failed.clear()
         for endpoint in endpoints:
             endpoint.close()
             self.shared.forget(endpoint, self._incarnation)
-
-    @property
-    def gone(self) -> str:
-        """Why the peer is gone; empty while it is there."""
-        return self._gone
-
-    # Keys.
-
-    @property
-    def keys(self) -> tuple[KeyTable, tuple[str, ...]]:
-        """The peer's keys and the location of each row, as last told."""
-        assert self._keys is not None
-        return self._keys
-
-    def _take_keys(self, keys: Keys) -> None:
-        try:
-            table = KeyTable(keys.rows, len(self.peer.devices))
-        except ValueError as bad:
-            raise Malformed(f"its keys cannot be used: {bad}") from bad
-        if len(keys.locations) != len(keys.rows):
-            raise Malformed(f"{len(keys.locations)} locations for {len(keys.rows)} keys")
-        by_address = dict(zip((row.address for row in keys.rows), keys.locations, strict=True))
-        self._keys = table, tuple(by_address[start] for start in table.starts.tolist())
-
-    def ask_for_keys(self, job: Job) -> None:
-        """Ask for the keys again; `job` is woken when they are there."""
-        with self._lock:
-            self._keys_wanted.add(job)
-        self._send(WantKeys())
-
-    # Rails and endpoints.
 
     def rails_of(self, local: str, remote: str) -> tuple[Rail, ...]:
         """Rails to use between memory at two locations; none: all of them rest or are tried."""
@@ -272,8 +196,8 @@ class RdmaLink(Link):
         if made:
             for old in evicted:
                 old.close()
-            self._reap()
-            self._send(endpoint.request())
+            self.reap()
+            self.control.send(endpoint.request())
         elif endpoint.state is not State.READY and time.monotonic() > endpoint.deadline:
             endpoint.fail(
                 Failure(
@@ -309,7 +233,7 @@ class RdmaLink(Link):
                 self._rail_failed(endpoint.rail, failure.reason)
         if failure is not None and failure.rail:
             _log.warning("a rail to %s failed: %s", self.name, failure.reason)
-        self._send(Disconnect(endpoint.token))
+        self.control.send(Disconnect(endpoint.token))
 
     def _named(self, rail: Rail) -> str:
         """As `Endpoint.name`."""
@@ -321,7 +245,7 @@ class RdmaLink(Link):
         self._reasons[rail] = reason
         self.rails.failed(rail, time.monotonic())
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
         """Destroy failed endpoints whose requests have come back, or never will."""
         now = time.monotonic()
         with self._lock:
@@ -330,85 +254,23 @@ class RdmaLink(Link):
         for endpoint in ripe:
             endpoint.close()
 
-    def reap(self) -> None:
-        """As `_reap`; for a lane that waits for its requests to come back."""
-        self._reap()
+    # Told by the control connection's thread.
 
-    def settle(self, gpus: tuple[int, ...], job: Job) -> int:
-        """Ask the peer to let its GPUs see what was written; `job` is woken by the answer."""
-        token = secrets.randbits(63)
+    def _on_answer(self, answer: Accepted | Refused | Proven) -> None:
         with self._lock:
-            self._settling[token] = job
-        self._send(Settle(token, gpus))
-        return token
+            endpoint = self._by_token.get(answer.token)
+        if endpoint is None:  # it failed meanwhile
+            return
+        match answer:
+            case Accepted():
+                endpoint.accepted(answer)
+            case Proven(queue=queue):
+                endpoint.proven(queue)
+            case Refused(reason=reason):
+                endpoint.fail(Failure(f"{endpoint.name} was refused: {reason}", rail=True))
 
-    def settled(self, token: int, *, forget: bool = False) -> str | None:
-        """The answer to `settle`: empty when all is well, else why not; None: not there yet."""
+    def _on_gone(self, reason: str) -> None:
         with self._lock:
-            return self._settled.pop(token, "") if forget else self._settled.get(token)
-
-    # The control connection.
-
-    def _send(self, message: messages.Message) -> None:
-        try:
-            self._stream.send(message)
-        except OSError as failure:
-            self._lost(f"{self.name} is gone: its control connection broke ({failure})")
-
-    def _read(self) -> None:
-        try:
-            while True:
-                self._take(self._stream.receive())
-        except EOFError:
-            self._lost(f"{self.name} is gone: it closed its control connection")
-        except (OSError, Malformed) as failure:
-            self._lost(f"{self.name} is gone: its control connection ended ({failure})")
-        except Exception as bug:  # noqa: BLE001 - else the peer would be waited for in silence
-            _log.exception("reading what %s says failed", self.name)
-            self._lost(f"reading what {self.name} says failed: {bug!r}")
-
-    def _take(self, message: messages.Message) -> None:
-        match message:
-            case Accepted(token=token) | Refused(token=token) | Proven(token=token):
-                with self._lock:
-                    endpoint = self._by_token.get(token)
-                if endpoint is not None:  # else it failed meanwhile
-                    _tell(endpoint, message)
-            case Settled(token=token, error=error):
-                with self._lock:
-                    job = self._settling.pop(token, None)
-                    if job is not None:
-                        self._settled[token] = error
-                        job.wake()
-            case Keys():
-                self._take_keys(message)
-                with self._lock:
-                    wanted, self._keys_wanted = self._keys_wanted, set()
-                for job in wanted:
-                    job.wake()
-            case other:
-                raise Malformed(f"it sent a {type(other).__name__}, which initiators do not take")
-
-    def _lost(self, reason: str) -> None:
-        with self._lock:
-            if self._gone:
-                return
-            self._gone = reason
             endpoints = list(self._by_token.values())
-            wanted, self._keys_wanted = self._keys_wanted, set()
-        with contextlib.suppress(OSError):
-            self._stream.shutdown()
         for endpoint in endpoints:
             endpoint.fail(Failure(reason, rail=False))
-        for job in wanted:
-            job.wake()
-
-
-def _tell(endpoint: Endpoint, message: Accepted | Refused | Proven) -> None:
-    match message:
-        case Accepted():
-            endpoint.accepted(message)
-        case Proven(queue=queue):
-            endpoint.proven(queue)
-        case Refused(reason=reason):
-            endpoint.fail(Failure(f"{endpoint.name} was refused: {reason}", rail=True))

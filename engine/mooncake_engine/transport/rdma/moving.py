@@ -75,6 +75,7 @@ class Moving:
         self._completions: set[Completions] = set()
         self._tries = 0
         self._keys_tried = False
+        self._refusal = ""  # of the peer's NIC, with the keys that we have
         self._last_error = "every rail rests after a failure"
         self._moved_at = time.monotonic()
 
@@ -88,10 +89,12 @@ class Moving:
             for failed in failures:
                 self._consider(failed)
             self._count(failures)
+            if self._refusal and self._job.quiet:  # what the old keys were posted with is back
+                self._compare_keys()
             if self._failure is not None:
                 self._todo.clear()
                 self._homeless.clear()
-            else:
+            elif not self._refusal:
                 self._place()
                 self._post()
             if not self._todo and not self._homeless and self._job.quiet:
@@ -106,13 +109,13 @@ class Moving:
         if self._piece.op is Op.READ:
             self._link.shared.settle(gpus_of(self._locations))
             return
-        _, locations = self._link.keys
+        _, locations = self._link.control.keys
         gpus = gpus_of({locations[row] for row in set(self._cut.remote_rows.tolist())})
         if gpus:
-            token = self._link.settle(gpus, self._job)
-            self._await(lambda: self._link.settled(token) is not None)
-            if error := self._link.settled(token, forget=True):
-                raise self._error(Status.FAILED, error)
+            question = self._link.control.settle(gpus, self._job)
+            self._await(lambda: question.answer is not None)
+            if question.answer:
+                raise self._error(Status.FAILED, question.answer)
 
     def _await(self, done: Callable[[], bool]) -> None:
         """Wait for an answer of the peer's. Raises `LaneError` when told to end before."""
@@ -141,7 +144,7 @@ class Moving:
     def _cut_up(self) -> None:
         link, config, reads = self._link, self._config, self._piece.op is Op.READ
         own = link.shared.registrations.snapshot
-        self._theirs, their_locations = link.keys
+        self._theirs, their_locations = link.control.keys
         self._ours = own.table
         self._cut = work.cut(
             self._piece,
@@ -173,9 +176,9 @@ class Moving:
 
     def _renew_keys(self) -> None:
         """Ask for the peer's keys and wait for the answer. Raises `LaneError` when told to end."""
-        old = self._link.keys
-        self._link.ask_for_keys(self._job)
-        self._await(lambda: self._link.keys is not old)
+        old = self._link.control.keys
+        self._link.control.ask_for_keys(self._job)
+        self._await(lambda: self._link.control.keys is not old)
 
     # What ends it early.
 
@@ -184,8 +187,8 @@ class Moving:
         if self._failure is None:
             if self._interrupted.is_set():
                 self._fail(Status.CANCELLED, "the lane was interrupted")
-            elif self._link.gone:
-                self._fail(Status.PEER_GONE, self._link.gone)
+            elif self._link.control.gone:
+                self._fail(Status.PEER_GONE, self._link.control.gone)
             elif now >= self._deadline:
                 self._fail(Status.TIMED_OUT, "it did not end by its deadline")
         limit = self._config.slice_timeout_s
@@ -222,7 +225,7 @@ class Moving:
             self._fail(Status.FAILED, f"{text}; is the local memory still registered?")
         elif status in _THEIRS:
             endpoint.fail(Failure(text, rail=False))
-            self._refused(text)
+            self._refusal = text
         else:
             endpoint.fail(Failure(text, rail=True))
         if endpoint.failure is not None:
@@ -242,8 +245,9 @@ class Moving:
                 f"{self._what()}: given up after {limit} retries; {self._last_error}"
             )
 
-    def _refused(self, text: str) -> None:
+    def _compare_keys(self) -> None:
         """The peer's NIC says no. Its keys may be newer than ours: registered again meanwhile."""
+        text, self._refusal = self._refusal, ""
         if not self._keys_tried and self._failure is None:
             self._keys_tried = True
             old = self._theirs
@@ -251,7 +255,7 @@ class Moving:
                 self._renew_keys()
             except LaneError:
                 return
-            self._theirs, _ = self._link.keys
+            self._theirs, _ = self._link.control.keys
             rows = self._theirs.locate(self._cut.work.remote)
             same = (rows >= 0).all() and all(
                 bool((new[rows] == before[self._cut.remote_rows]).all())
