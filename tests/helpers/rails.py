@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "lib" / "guest" / "rails.sh"
 SYSFS = Path("/sys/class/infiniband")
+_NETWORK = Path("/sys/class/net")
 
 
 class Rail(NamedTuple):
@@ -52,7 +53,9 @@ def lower(rail: Rail) -> None:
 
 def lift(rail: Rail) -> None:
     """Bring both ends up, with their routes and neighbours; one that is up stays as it is."""
-    _script("raise", rail)
+    states = {(_NETWORK / interface(end) / "operstate").read_text() for end in rail.devices}
+    if states != {"up\n"}:
+        _script("raise", rail)
 
 
 @contextlib.contextmanager
@@ -83,7 +86,7 @@ def bytes_received(device: str) -> int:
 
 
 def _interface_count(device: str, what: str) -> int:
-    return int((Path("/sys/class/net") / interface(device) / "statistics" / what).read_text())
+    return int((_NETWORK / interface(device) / "statistics" / what).read_text())
 
 
 def counters(device: str) -> dict[str, int]:
