@@ -186,10 +186,9 @@ class RdmaLink(Link):
                     endpoint = self._make(rail)
                 except VerbsError as error:
                     self._probing.discard(rail)
-                    self._rail_failed(
-                        rail, f"{self._named(rail)}: no queue pairs: {error.strerror}"
-                    )
-                    _log.warning("no queue pairs towards %s: %s", self.name, error.strerror)
+                    why = f"{self._named(rail)}: no queue pairs: {error.strerror}"
+                    if self._rail_failed(rail, why):
+                        _log.warning("a rail to %s failed: %s", self.name, why)
                     return None
                 self._by_token[endpoint.token] = endpoint
                 evicted = self.shared.keep(endpoint, self._incarnation)
@@ -218,20 +217,19 @@ class RdmaLink(Link):
         )
 
     def _on_state(self, endpoint: Endpoint, state: State) -> None:
-        now = time.monotonic()
+        if state is State.READY:
+            self._rail_works(endpoint)
+            return
+        new = False
         with self._lock:
             self._probing.discard(endpoint.rail)
-            if state is State.READY:
-                self._reasons.pop(endpoint.rail, None)
-                self.rails.succeeded(endpoint.rail, now)
-                return
             self.shared.forget(endpoint, self._incarnation)
             self._by_token.pop(endpoint.token, None)
-            self._failed.append((endpoint, now))
+            self._failed.append((endpoint, time.monotonic()))
             failure = endpoint.failure
             if failure is not None and failure.rail:
-                self._rail_failed(endpoint.rail, failure.reason)
-        if failure is not None and failure.rail:
+                new = self._rail_failed(endpoint.rail, failure.reason)
+        if failure is not None and new:
             _log.warning("a rail to %s failed: %s", self.name, failure.reason)
         self.control.send(Disconnect(endpoint.token))
 
@@ -240,10 +238,24 @@ class RdmaLink(Link):
         ours = self.shared.contexts[rail.local].record.name
         return f"{ours} -> {self.peer.devices[rail.remote].name}"
 
-    def _rail_failed(self, rail: Rail, reason: str) -> None:
-        """Called with the lock held."""
+    def _rail_works(self, endpoint: Endpoint) -> None:
+        rail, now = endpoint.rail, time.monotonic()
+        with self._lock:
+            self._probing.discard(rail)
+            self.rails.succeeded(rail, now)
+            again = self.rails.state(rail, now) == "up" and self._reasons.pop(rail, "")
+        if again:
+            _log.warning("a rail to %s works again: %s", self.name, endpoint.name)
+
+    def _rail_failed(self, rail: Rail, reason: str) -> bool:
+        """Called with the lock held. True: it worked before, so that somebody should be told.
+
+        A probe that fails is no news: there is one in each pause, for as long as the rail is down.
+        """
+        new = rail not in self._reasons
         self._reasons[rail] = reason
         self.rails.failed(rail, time.monotonic())
+        return new
 
     def reap(self) -> None:
         """Destroy failed endpoints whose requests have come back, or never will."""
