@@ -123,9 +123,7 @@ def test_packets_come_from_the_address_of_the_gid_that_was_chosen(
             near.read(far, (0, 0, 64 * KIB))
             used = {pair.query()["sgid_index"] for pair in near.queue_pairs}
             assert used == {settings.get("gid_index", 1)}
-
-
-assert {packet.source for packet in capture.packets()} == {source}
+            assert {packet.source for packet in capture.packets()} == {source}
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
