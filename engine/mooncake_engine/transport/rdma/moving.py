@@ -43,7 +43,7 @@ _LOOK_S = 1.0
 #: Under way at once: what a lane moves in this time, so that a cancel waits no longer; but so many
 #: bytes and requests that the NIC has work while what has completed is replaced.
 _WINDOW_S = 0.1
-_MIN_WINDOW = 1 << 20
+_MIN_WINDOW = 4 << 20
 _MIN_REQUESTS = 4
 #: A window is posted in so many chains: while one is replaced the other keeps the NIC at work.
 _CHAINS = 2
