@@ -47,7 +47,7 @@ def _script(what: str, rail: Rail) -> None:
 
 
 def lower(rail: Rail) -> None:
-    """Take both ends down. What is under way is lost, and retries meet silence."""
+    """Take both ends down. What is under way is lost, and the next request finds no route."""
     _script("lower", rail)
 
 

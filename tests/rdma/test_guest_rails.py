@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mooncake_engine.transport.rdma.verbs.base import Verbs
 
 SUCCESS, RETRIES_EXCEEDED = 0, 12
+# What a queue pair says whose interface went down: no route here (2 with kernel 6.1; 5 with 6.12,
+# flushed and no cause given), or silence until its tries are over.
+CUT_OFF = {2, 5, RETRIES_EXCEEDED}
 NBYTES = 1 << 16
 WIRE = 0.9  # of the bytes; the rest is room for what a counter may miss, headers come on top
 
@@ -64,14 +67,14 @@ def test_each_rail_carries_its_own_traffic(
         assert max(sent[2:]) < NBYTES // 16  # what a kernel says to its neighbours
 
 
-def test_a_rail_that_is_lowered_meets_silence_and_the_other_goes_on(
+def test_a_rail_that_is_lowered_carries_nothing_and_the_other_goes_on(
     both_rails: tuple[rails.Rail, rails.Rail], verbs: Verbs
 ) -> None:
     first, second = both_rails
     with connected(verbs, first.devices) as sides:
         assert write(*sides) == SUCCESS
         with rails.lowered(first):
-            assert write(*sides) == RETRIES_EXCEEDED
+            assert write(*sides) in CUT_OFF
             assert write_over(verbs, second) == SUCCESS
 
 
