@@ -138,7 +138,7 @@ class Side:
             self.before_post()
             return post(opcode, work, rows, *keys, **how)
 
-        pair.post = noted  # type: ignore[assignment]  # it calls on
+        pair.post = noted  # type: ignore[method-assign]  # it calls on
 
     def _watch_store(self) -> None:
         shared = self.transport.shared

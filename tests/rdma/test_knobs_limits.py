@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import rails
@@ -101,13 +101,13 @@ def test_a_path_on_which_nothing_moves_is_given_up_after_the_time_that_was_said(
         began = time.monotonic()
         end = near.move(Op.READ, far, (0, 0, 64 * KIB))
         assert 0.5 < time.monotonic() - began < 4
-    assert end.status is Status.FAILED
+    assert end.status is Status.PEER_GONE
     assert "moved nothing for 0.5 s" in end.error
 
 
 @pytest.mark.parametrize("retries", [1, 3])
 def test_a_request_is_tried_again_as_often_as_was_said(retries: int, silence: Silence) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "retry_count": retries,
         "rail_error_threshold": 1000,  # the rail never rests
         "send_timeout": 14,
@@ -120,7 +120,7 @@ def test_a_request_is_tried_again_as_often_as_was_said(retries: int, silence: Si
         near.before_post = silence.begin
         near.on_kept = silence.end
         end = near.move(Op.READ, far, (0, 0, 64 * KIB))
-        assert end.status is Status.FAILED
+        assert end.status is Status.PEER_GONE
         assert f"given up after {retries} retries" in end.error
         assert sum(post.requests for post in near.posts) == 1 + 1 + retries
         near.before_post = silence.end

@@ -35,7 +35,12 @@ def udp_port(flow_label: int) -> int:
 def test_packets_have_the_traffic_class_the_length_and_the_port_that_were_set(
     traffic_class: int, mtu: int, flow_label: int
 ) -> None:
-    settings = {"traffic_class": traffic_class, "mtu": mtu, "flow_label": flow_label}
+    settings: dict[str, Any] = {
+        "traffic_class": traffic_class,
+        "mtu": mtu,
+        "flow_label": flow_label,
+        "hop_limit": 9,
+    }
     with (
         Capture(THEIRS[0]) as requests,
         Capture(OURS[0]) as responses,
@@ -50,7 +55,7 @@ def test_packets_have_the_traffic_class_the_length_and_the_port_that_were_set(
     # An acknowledgement's 4 bytes in the first and the last; a RETH's 16 in the first.
     assert max(packet.payload for packet in read) == mtu + 4
     assert max(packet.payload for packet in written) == mtu + 16
-    # Linux takes the hops from the route for RoCE, whatever was set (docs/rdma.md).
+    # For RoCE Linux takes the route's, whatever was set.
     routes = int(Path("/proc/sys/net/ipv4/ip_default_ttl").read_text())
     assert {packet.hop_limit for packet in seen} == {routes}
 
@@ -144,8 +149,8 @@ def test_requests_go_over_rails_in_turn_or_in_contiguous_shares(*, in_turn: bool
 
 
 CHOSEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "devices": ({"devices": OURS[1:]}, {}),
-    "devices_excluded": ({"devices_excluded": OURS[:1]}, {}),
+    "devices": ({"devices": OURS[1:]}, {"devices": THEIRS[1:]}),
+    "devices_excluded": ({"devices_excluded": OURS[:1]}, {"devices_excluded": THEIRS[:1]}),
     "topology_file": (
         {"topology_file": '{"cpu:0": [["rxe2"], ["rxe0"]]}'},
         {"topology_file": '{"cpu:0": [["rxe3"], ["rxe1"]]}'},
