@@ -111,6 +111,11 @@ class PrefillSide:
 
     # Where ids are used again, `of` names the use that is meant: another one is left alone.
 
+    def live(self, transfer_id: str) -> Hold | None:
+        """The hold of a transfer that was opened and has not ended; for `of` of a later call."""
+        with self._lock:
+            return self._live.get(transfer_id)
+
     def pages_ready(
         self,
         transfer_id: str,

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from mooncake_connector.cluster import NodeRecord
 from mooncake_connector.control import split_address
+from mooncake_connector.device_order import call_behind
 from mooncake_connector.errors import ConnectorError
 from mooncake_connector.layout import page_bytes_at
 from mooncake_connector.node import Node
@@ -193,21 +194,8 @@ class MooncakeKVManager(CommonKVManager):
     def call_behind(
         self, events: list[Any], call: Callable[[], None], otherwise: Callable[[str], None]
     ) -> Future[None]:
-        """Call once all device events have fired, in the order of these calls, on a thread.
-
-        `otherwise` is called instead, with the reason, when an event reports an error.
-        """
-
-        def wait() -> None:
-            try:
-                for event in events:
-                    event.synchronize()
-            except Exception as exc:  # noqa: BLE001 - the device's errors have no common base
-                otherwise(f"the forward pass failed on the device: {exc}")
-            else:
-                call()
-
-        return self._threads.submit(wait)
+        """`device_order.call_behind` on a thread of ours."""
+        return call_behind(self._threads, events, call, otherwise)
 
     # ---- decode: who prefill is
 

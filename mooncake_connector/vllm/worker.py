@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import vllm
 from mooncake_engine import TransferEngine
 from mooncake_engine.testing.faults import Faults, install
@@ -16,6 +19,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from mooncake_connector.cluster import NodeRecord
 from mooncake_connector.decode import FetchRequest
+from mooncake_connector.device_order import call_behind
 from mooncake_connector.layout import page_bytes_at
 from mooncake_connector.node import Node
 from mooncake_connector.peers import PeerRef
@@ -26,9 +30,8 @@ from mooncake_connector.vllm.metrics import MooncakeStats
 from mooncake_connector.vllm.step import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -52,6 +55,7 @@ class WorkerHalf:
         self._faults = Faults(slice_bytes=64 << 10) if config.testing else None
         self._opened = contextlib.ExitStack()
         self._node: Node | None = None
+        self._threads: ThreadPoolExecutor | None = None  # waits for the GPU's kernels
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe and register the cache, start the node, publish it.
@@ -86,6 +90,10 @@ class WorkerHalf:
                 dp_rank=self._vllm_config.parallel_config.data_parallel_index,
             )
             opening.enter_context(Publication(engine.store, self._node, record))
+            if any(tensor.is_cuda for tensor in kv_caches.values()):
+                # One thread: what is said of a transfer keeps its order.
+                self._threads = ThreadPoolExecutor(1, "mooncake-kernels")
+                opening.callback(self._threads.shutdown, cancel_futures=True)
             self._opened = opening.pop_all()
         log.info(
             "rank %d of engine %s: %d pages of %d tokens, control endpoint %s",
@@ -114,28 +122,62 @@ class WorkerHalf:
             self.node.prefill.open(*opened)
 
     def start_loads(self, step: Step) -> None:
-        """Start and stop fetches; all of it is posted to the node."""
+        """Start and stop fetches; all of it is posted to the node.
+
+        On a GPU a fetch waits for the kernels launched before: the last owner of its blocks may
+        still be writing them.
+        """
         node = self.node
         for remote in step.claims:
             node.claim(remote.transfer_id, self._peer(remote))
-        for fetch in step.fetches:
-            if self._faults is not None:
-                self._faults.delay_per_slice_s = fetch.remote.delay_s
-            node.fetch(self._request(fetch))
+        if step.fetches:
+            fetches = [(fetch.remote.delay_s, self._request(fetch)) for fetch in step.fetches]
+            self._behind_kernels(
+                lambda: self._fetch(fetches),
+                lambda _reason: self._fetch(fetches),  # vLLM dies of the device's error itself
+            )
         for request_id in step.cancelled:
-            node.cancel(request_id)
+            cancel = functools.partial(node.cancel, request_id)
+            self._behind_kernels(cancel, lambda _reason, cancel=cancel: cancel())  # type: ignore[misc]  # binds now
         for request_id, remote in step.declined:
             node.decline(remote.transfer_id, request_id, self._peer(remote))
 
+    def _fetch(self, fetches: list[tuple[float, FetchRequest]]) -> None:
+        for delay_s, request in fetches:
+            if self._faults is not None:
+                self._faults.delay_per_slice_s = delay_s
+            self.node.fetch(request)
+
     def after_forward(self, step: Step) -> None:
-        """The pages of this step are final (on a CPU a forward pass that returned has run)."""
+        """The pages of this step are final: on a CPU now, on a GPU when its kernels have run."""
         prefill = self.node.prefill
-        for final in step.final:
-            prefill.pages_ready(
-                final.transfer_id, _runs(final.first, final.block_ids), last=final.last
-            )
-        for held in step.held:
-            prefill.hold(held.transfer_id, held.request_id)
+        finals = [(final, prefill.live(final.transfer_id)) for final in step.final]
+        helds = [(held, prefill.live(held.transfer_id)) for held in step.held]
+
+        def ready() -> None:
+            for final, of in finals:
+                pages = _runs(final.first, final.block_ids)
+                prefill.pages_ready(final.transfer_id, pages, last=final.last, of=of)
+            for held, of in helds:
+                prefill.hold(held.transfer_id, held.request_id, of=of)
+
+        def failed(reason: str) -> None:
+            for final, of in finals:
+                prefill.end(final.transfer_id, reason, retry=False, of=of)
+            for held, of in helds:
+                prefill.hold(held.transfer_id, held.request_id, of=of)
+
+        if finals or helds:
+            self._behind_kernels(ready, failed)
+
+    def _behind_kernels(self, call: Callable[[], None], otherwise: Callable[[str], None]) -> None:
+        """Call when what was launched on the GPU so far has run; at once where there is none."""
+        if self._threads is None:
+            call()
+            return
+        event = torch.cuda.Event()
+        event.record()
+        call_behind(self._threads, [event], call, otherwise)
 
     def results(self) -> KVConnectorTransferResults:
         """What ended since the last step."""
