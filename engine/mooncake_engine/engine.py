@@ -109,8 +109,12 @@ class TransferEngine:
             except PathUnavailable as error:
                 # The text: whoever keeps a log record of the error keeps its frames, and memory.
                 self._not_started[scheme] = why = str(error)
-                level = logging.INFO if config.protocol == "auto" else logging.WARNING
-                _log.log(level, "this engine goes without %s: %s", scheme, why)
+                if scheme == config.protocol:
+                    raise PathUnavailable(
+                        f"protocol {scheme} cannot be had on this machine: {why}; or set protocol "
+                        "auto, which takes the best of what there is"
+                    ) from None
+                _log.info("this engine goes without %s: %s", scheme, why)
                 continue
             opening.callback(transport.close)
             self.transports[scheme] = transport

@@ -5,6 +5,7 @@ import logging
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import msgspec
@@ -22,6 +23,10 @@ from mooncake_engine import (
 from mooncake_engine.metadata import open_store
 from mooncake_engine.transport import registry
 from mooncake_engine.transport.loopback import LoopbackTransport
+
+
+def rdma_devices() -> list[Path]:
+    return list(Path("/sys/class/infiniband").glob("*"))
 
 
 def test_auto_prefers_shm_on_one_machine() -> None:
@@ -93,10 +98,10 @@ def test_a_transport_that_does_not_exist_is_refused_by_its_name() -> None:
         engine.open_segment(engine.record(), protocol="smoke")
 
 
-def test_an_engine_without_any_transport_does_not_start() -> None:
+def test_an_engine_that_cannot_have_the_protocol_it_was_told_does_not_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(PathUnavailable, match=f"no transport starts.*tcp: .*{port}"):
+        with pytest.raises(PathUnavailable, match=f"protocol tcp cannot be had.*{port}"):
             TransferEngine(config("tcp", tcp=TcpConfig(min_port=port, max_port=port)))
 
 
@@ -161,3 +166,21 @@ def test_importing_the_engine_loads_neither_torch_nor_grpc() -> None:
     code = "import sys, mooncake_engine; print({'torch', 'grpc', 'vllm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.skipif(bool(rdma_devices()), reason="this machine has RDMA devices, and rdma starts")
+@pytest.mark.parametrize("strict", [False, True])
+def test_rdma_that_was_asked_for_and_cannot_be_had_says_what_to_install(*, strict: bool) -> None:
+    with pytest.raises(PathUnavailable, match=r"protocol rdma cannot be had.*(install|rdma_rxe)"):
+        TransferEngine(config("rdma", strict_transport=strict))
+
+
+def test_auto_goes_on_without_rdma_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    if rdma_devices():
+        pytest.skip("this machine has RDMA devices, and rdma starts")
+    caplog.set_level(logging.INFO, "mooncake_engine.engine")
+    with TransferEngine(config("auto")) as near, TransferEngine(config("auto")) as far:
+        near.open_segment(far.name, protocol="tcp")
+        said = [text for text in caplog.messages if "without rdma" in text]
+        assert len(said) == 2  # once for each engine
+        assert "install" in said[0] or "rdma_rxe" in said[0]
