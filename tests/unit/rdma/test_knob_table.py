@@ -25,7 +25,7 @@ TEXTS = {
     "MC_MAX_RPC_PORT": "18000",
     "MC_MAX_CQE_PER_CTX": "8192",
 }
-SEEN = {"wire", "query", "counters", "argument", "suite", "unit", "-"}
+SEEN = {"wire", "query", "counters", "argument", "run", "suite", "unit"}
 
 
 class Row(NamedTuple):
