@@ -185,12 +185,12 @@ class StubCompletionQueue(_Thing, CompletionQueue):
         self._channel = channel
         self._lock = threading.Lock()  # guards the two below
         self._armed = False
-        self._waiting: list[tuple[int, int, int]] = []
+        self._waiting: list[tuple[int, int, int, int | None]] = []
 
-    def complete(self, wr_id: int, qp_num: int, status: int = 0) -> None:
+    def complete(self, wr_id: int, qp_num: int, status: int = 0, imm: int | None = None) -> None:
         with self._lock:
             assert len(self._waiting) < self.depth, "the completion queue overflowed"
-            self._waiting.append((wr_id, qp_num, status))
+            self._waiting.append((wr_id, qp_num, status, imm))
             if self._armed:
                 self._armed = False
                 self._channel.ring()
@@ -205,8 +205,9 @@ class StubCompletionQueue(_Thing, CompletionQueue):
         with self._lock:
             taken, self._waiting = self._waiting[: into.size], self._waiting[into.size :]
         into[: len(taken)] = np.zeros(len(taken), into.dtype)
-        for row, (wr_id, qp_num, status) in enumerate(taken):
+        for row, (wr_id, qp_num, status, imm) in enumerate(taken):
             into[row]["wr_id"], into[row]["qp_num"], into[row]["status"] = wr_id, qp_num, status
+            into[row]["imm"], into[row]["received"] = imm or 0, imm is not None
         return len(taken)
 
 
@@ -216,6 +217,7 @@ class StubQueuePair(_Thing, QueuePair):
     ) -> None:
         super().__init__(provider, "queue_pair")
         self.number, self.caps, self._send = number, caps, send
+        self.receives: StubCompletionQueue | None = None
 
     @override
     def to_init(self, port: int, pkey_index: int, access: Access) -> None:
@@ -302,8 +304,12 @@ class HeldQueuePair(StubQueuePair):
             for _ in range(min(count, len(self._under_way))):
                 wr_id, told = self._under_way.popleft()
                 self.ended_well.add(wr_id)
+                self.arrived(wr_id)
                 if told:
                     self._send.complete(wr_id, self.number)
+
+    def arrived(self, wr_id: int) -> None:
+        """A request ends well; called before it says so."""
 
     def fail(self, status: int) -> None:
         """The oldest request ends in error, and all behind it as flushed."""
@@ -431,7 +437,9 @@ class StubDevice(Device):
     ) -> StubQueuePair:
         assert isinstance(send, StubCompletionQueue)
         number = self.provider.called("queue_pair", device=self.name, caps=caps)
-        return self._queue_pairs(self.provider, number, send, caps)
+        made = self._queue_pairs(self.provider, number, send, caps)
+        made.receives = receive if isinstance(receive, StubCompletionQueue) else None
+        return made
 
     @override
     def close(self) -> None:

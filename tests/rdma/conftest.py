@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import rails
+from rdma_ends import End, Pair
+from rdma_stage import OURS, THEIRS
+from rdma_watch import kernel_counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,3 +41,23 @@ def both_rails(devices: list[str]) -> Iterator[tuple[rails.Rail, rails.Rail]]:
     yield rails.A, rails.B
     for rail in (rails.A, rails.B):
         rails.lift(rail)
+
+
+@pytest.fixture(scope="module")
+def engines(devices: list[str]) -> Iterator[Pair]:
+    """An initiator and a target for a whole file; they leave nothing in the kernel."""
+    assert set(OURS[:1] + THEIRS[:1]) <= set(devices)
+    before = [kernel_counts(name) for name in (OURS[0], THEIRS[0])]
+    with End(THEIRS[:1]) as theirs, End(OURS[:1]) as ours:
+        pair = Pair(ours, theirs)
+        pair.check_serves()  # and starts the threads that an engine keeps
+        yield pair
+    assert [kernel_counts(name) for name in (OURS[0], THEIRS[0])] == before
+
+
+@pytest.fixture
+def pair(engines: Pair) -> Iterator[Pair]:
+    """Both are filled before, and serve afterwards."""
+    engines.fill()
+    yield engines
+    engines.check_serves()

@@ -213,6 +213,24 @@ def test_who_posts_when_it_has_failed_already_is_woken_too(stage: Stage) -> None
     assert stage.endpoint.wait_for(stage.job) is State.FAILED
 
 
+def test_who_finds_it_broken_is_woken_when_somebody_has_failed_it(stage: Stage) -> None:
+    """An error is seen by whose request it was; the others wait until that one says so."""
+    stage.ready()
+    for row in range(QUEUES):
+        stage.post(row, row + 1)
+    for nic in stage.nics:
+        nic.fail(RETRIES_EXCEEDED)
+    for completions in stage.context.completions:
+        completions.poll()
+    other = Job()
+    other.begin(np.ones(ROWS, np.uint64))
+    assert stage.endpoint.post(other, Opcode.READ, WORK, slice(0, 1), KEYS, KEYS, 0) == 0
+    assert stage.endpoint.state is State.READY
+    assert not other.woken
+    stage.endpoint.fail(BROKEN)
+    assert other.woken
+
+
 def test_a_chain_that_the_nic_refuses_fails_it_and_stays_with_its_job(stage: Stage) -> None:
     stage.ready()
     stage.provider.fail("post", errno.EINVAL)

@@ -166,11 +166,10 @@ class Endpoint:
                 )
             for index, queue in enumerate(self.queues):
                 queue.probe(index)
+            for queue in self.queues:
+                queue.completions.arm()  # nobody may be polling, and a probe can fail
         except VerbsError as error:
             self.fail(Failure(f"connecting {self.name}: {error.strerror}", rail=True))
-            return
-        for queue in self.queues:
-            queue.completions.arm()  # nobody may be polling, and a probe can fail
 
     def proven(self, queue: int) -> None:
         """The peer saw the probe of one queue pair."""
@@ -197,7 +196,8 @@ class Endpoint:
         for queue in self.queues:
             with contextlib.suppress(VerbsError):  # it never left INIT, or the device is gone
                 queue.stop()
-            queue.completions.arm()
+            with contextlib.suppress(VerbsError):  # the device is gone
+                queue.completions.arm()
             queue.completions.wake_starved()
         self._tell(State.FAILED)
         return True
@@ -259,5 +259,6 @@ class Endpoint:
         self._close_queues()
 
     def _close_queues(self) -> None:
-        for queue in self.queues:
-            queue.close()
+        with contextlib.ExitStack() as closing:  # each of them, also when one fails
+            for queue in self.queues:
+                closing.callback(queue.close)

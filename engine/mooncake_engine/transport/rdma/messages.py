@@ -65,8 +65,8 @@ class Connect(msgspec.Struct, frozen=True, tag=True):
     token: int
     nic: DeviceRecord
     target: str
-    queues: tuple[QueueAddress, ...]
-    mtu: int
+    queues: Annotated[tuple[QueueAddress, ...], msgspec.Meta(max_length=255)]
+    mtu: Annotated[int, msgspec.Meta(ge=256, le=4096)]
     reads: int  # READs that each queue pair would have under way
 
 

@@ -6,6 +6,7 @@ way any more: until then a NIC may touch its memory.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,7 @@ class Moving:
         self._todo: list[tuple[Rail, slice]] = []
         self._homeless: list[slice] = []  # requests that no rail was found for yet
         self._endpoints: dict[Rail, Endpoint] = {}
+        self._used: set[Endpoint] = set()  # all of them so far
         self._completions: set[Completions] = set()
         self._tries = 0
         self._keys_tried = False
@@ -81,6 +83,17 @@ class Moving:
 
     def run(self) -> None:
         """Move it. Raises `LaneError`, `PathLost` among them."""
+        try:
+            self._run()
+        except LaneError:  # raised when nothing is under way
+            raise
+        except BaseException:  # a bug, or a NIC that fails altogether
+            with contextlib.ExitStack() as closing:  # destroyed queue pairs touch no memory
+                for endpoint in self._used:
+                    closing.callback(endpoint.close)
+            raise
+
+    def _run(self) -> None:
         self._prepare()
         self._homeless.append(slice(0, self._cut.nbytes.size))
         while True:
@@ -306,6 +319,7 @@ class Moving:
                 self._endpoints.pop(rail, None)
                 return None
             self._endpoints[rail] = endpoint
+            self._used.add(endpoint)
             self._completions.update(queue.completions for queue in endpoint.queues)
         return endpoint
 

@@ -52,21 +52,38 @@ class _Answering(Owner):
     def __init__(
         self, queue_pair: QueuePair, context: Context, arrived: Callable[[], object]
     ) -> None:
+        """Take over a queue pair.
+
+        Raises:
+            VerbsError: So many are awaited that one more could overflow the completion queue.
+        """
         self.queue_pair = queue_pair
         self._context = context
         self._arrived = arrived
+        try:
+            with context.receives.lock:
+                context.receives.reserve()
+        except VerbsError:
+            queue_pair.close()
+            raise
+        self._awaited = True  # guarded by the lock of `receives`
         context.receives.add(queue_pair.number, self)
 
     @override
     def completed(self, wr_id: int, status: int, imm: int | None) -> int:
         if not status:  # else it was flushed, since its connection ended
             self._context.later(self._arrived)
-        return 0
+        ended, self._awaited = int(self._awaited), False
+        return ended
 
     def close(self) -> None:
         """Destroy it; afterwards its NIC touches no memory for it. Idempotent."""
+        receives = self._context.receives
         self.queue_pair.close()
-        self._context.receives.remove(self.queue_pair.number, self)
+        receives.remove(self.queue_pair.number, self)
+        with receives.lock:
+            ended, self._awaited = int(self._awaited), False
+            receives.give_back(ended)
 
 
 class Server:
@@ -144,18 +161,25 @@ class Server:
                 stream.close()
 
     def _run(self, stream: MessageStream, peer: str) -> None:
-        endpoints = _Endpoints(stream, self._contexts, self._keys, self._settle)
         try:
-            if self._greet(stream):
-                stream.set_patience(None)
-                endpoints.run()
+            with (
+                contextlib.closing(stream),
+                contextlib.closing(
+                    _Endpoints(stream, self._contexts, self._keys, self._settle)
+                ) as endpoints,
+            ):
+                if self._greet(stream):
+                    stream.set_patience(None)
+                    endpoints.run()
         except Malformed as reason:
             _log.warning("closed the RDMA control connection of %s: %s", peer, reason)
+        except VerbsError as error:
+            _log.error("closed the RDMA control connection of %s: %s", peer, error.strerror)
         except (OSError, EOFError) as failure:
             _log.debug("the RDMA control connection of %s ended: %r", peer, failure)
+        except Exception:  # noqa: BLE001 - what one peer sends must not end in silence
+            _log.exception("serving the RDMA control connection of %s failed", peer)
         finally:
-            endpoints.close()
-            stream.close()
             with self._lock:
                 del self._connections[threading.current_thread()]
 
@@ -254,10 +278,12 @@ class _Endpoints:
             self._stream.send(proven)
 
     def _drop(self, token: int) -> None:
-        for queue in self._by_token.pop(token, ()):
-            queue.close()
+        with contextlib.ExitStack() as closing:  # each of them, also when one fails
+            for queue in self._by_token.pop(token, ()):
+                closing.callback(queue.close)
 
     def close(self) -> None:
         """Destroy all that is left."""
-        for token in list(self._by_token):
-            self._drop(token)
+        with contextlib.ExitStack() as closing:
+            for token in self._by_token:
+                closing.callback(self._drop, token)
