@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,10 @@ class Control:
         self._lock = threading.Lock()  # guards all below
         self._gone = ""
         self._keys: tuple[KeyTable, tuple[str, ...]]
-        self._keys_wanted: set[Job] = set()
+        self._keys_wanted: dict[Job, int] = {}  # and which answer it waits for
+        self._keys_told = 0
+        self._asking = threading.Lock()  # so that questions are counted in their order
+        self._keys_asked = 0
         self._tokens = itertools.count(1)
         self._questions: dict[int, Question] = {}
         try:
@@ -123,6 +127,11 @@ class Control:
         """The peer's keys and the location of each row, as last told."""
         return self._keys
 
+    @property
+    def keys_told(self) -> int:
+        """How many questions for keys were answered."""
+        return self._keys_told
+
     def send(self, message: Message) -> None:
         """Say something; that the peer is gone is told by `on_gone`."""
         try:
@@ -130,11 +139,19 @@ class Control:
         except OSError as failure:
             self._lost(f"{self.name} is gone: its control connection broke ({failure})")
 
-    def ask_for_keys(self, job: Job) -> None:
-        """Ask for the keys again; `job` is woken when they are there, or never will be."""
-        with self._lock:
-            self._keys_wanted.add(job)
-        self.send(WantKeys())
+    def ask_for_keys(self, job: Job) -> int:
+        """Ask for the keys again; `job` is woken when they are there, or never will be.
+
+        Returns:
+            They are the answer to this question when `keys_told` has come to so many. Those before
+            may be as old as the questions of others.
+        """
+        with self._asking:
+            self._keys_asked += 1
+            with self._lock:
+                self._keys_wanted[job] = question = self._keys_asked
+            self.send(WantKeys())
+        return question
 
     def settle(self, gpus: tuple[int, ...], job: Job) -> Question:
         """Ask the peer to let its GPUs see what was written; `job` is woken as above."""
@@ -176,7 +193,8 @@ class Control:
                     question.job.wake()
             case Keys():
                 self._take_keys(message)
-                self._wake()
+                self._keys_told += 1
+                self._wake(self._keys_told)
             case other:
                 raise Malformed(f"it sent a {type(other).__name__}, which initiators do not take")
 
@@ -190,9 +208,12 @@ class Control:
         by_address = dict(zip((row.address for row in keys.rows), keys.locations, strict=True))
         self._keys = table, tuple(by_address[start] for start in table.starts.tolist())
 
-    def _wake(self) -> None:
+    def _wake(self, told: float) -> None:
+        """Wake who waits for one of the first `told` answers."""
         with self._lock:
-            wanted, self._keys_wanted = self._keys_wanted, set()
+            wanted = [job for job, question in self._keys_wanted.items() if question <= told]
+            for job in wanted:
+                del self._keys_wanted[job]
         for job in wanted:
             job.wake()
 
@@ -205,6 +226,6 @@ class Control:
         with contextlib.suppress(OSError):
             self._stream.shutdown()
         self._on_gone(reason)
-        self._wake()
+        self._wake(math.inf)
         for question in questions.values():
             question.job.wake()

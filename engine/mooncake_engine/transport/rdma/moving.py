@@ -189,9 +189,9 @@ class Moving:
 
     def _renew_keys(self) -> None:
         """Ask for the peer's keys and wait for the answer. Raises `LaneError` when told to end."""
-        old = self._link.control.keys
-        self._link.control.ask_for_keys(self._job)
-        self._await(lambda: self._link.control.keys is not old)
+        control = self._link.control
+        question = control.ask_for_keys(self._job)
+        self._await(lambda: control.keys_told >= question)
 
     # What ends it early.
 
