@@ -10,7 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mooncake_engine.transport.rdma.completions import Completions
     from mooncake_engine.transport.rdma.verbs.base import Channel
@@ -58,19 +58,22 @@ class Workers:
     def _run(self, channels: Sequence[Channel]) -> None:
         self._pin()
         speaking = {channel.fileno(): channel for channel in channels}
-        poll = select.poll()
-        for descriptor in (*speaking, self._wake):
-            poll.register(descriptor, select.POLLIN)
-        while not self._closed.is_set():
-            ready = [descriptor for descriptor, _ in poll.poll()]
-            for descriptor in ready:
-                try:
-                    if descriptor == self._wake:
-                        self._act()
-                    else:
-                        self._serve(speaking[descriptor])
-                except Exception:  # noqa: BLE001 - a bug must not end the only waiting thread
-                    _log.exception("a thread for completions of RDMA failed; it goes on")
+        with select.epoll() as poll:
+            poll.register(self._wake, select.EPOLLIN)
+            for descriptor in speaking:  # one thread is enough for one event
+                poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            while not self._closed.is_set():
+                self._answer([descriptor for descriptor, _ in poll.poll()], speaking)
+
+    def _answer(self, ready: Iterable[int], speaking: Mapping[int, Channel]) -> None:
+        for descriptor in ready:
+            try:
+                if descriptor == self._wake:
+                    self._act()
+                else:
+                    self._serve(speaking[descriptor])
+            except Exception:  # noqa: BLE001 - a bug must not end the only waiting thread
+                _log.exception("a thread for completions of RDMA failed; it goes on")
 
     def _pin(self) -> None:
         allowed = os.sched_getaffinity(0)
