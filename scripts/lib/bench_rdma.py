@@ -134,6 +134,8 @@ def settings(link: perftest.Link, device: str, slice_bytes: int) -> EngineConfig
             max_dest_rd_atomic=link.reads,
             mtu=link.mtu,  # type: ignore[arg-type]  # one of argparse's choices, which are the same
             slice_bytes=slice_bytes,
+            # perftest repeats for ever (7) after 67 ms; a busy emulated processor takes longer.
+            send_timeout=18,
         ),
     )
 
