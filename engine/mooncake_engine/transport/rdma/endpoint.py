@@ -125,6 +125,10 @@ class Endpoint:
         """None of its requests is under way."""
         return all(queue.idle for queue in self.queues)
 
+    def silence(self, now: float) -> float:
+        """The longest time for which one of its queue pairs owes a completion."""
+        return max((queue.silence(now) for queue in self.queues), default=0.0)
+
     @property
     def broken(self) -> int:
         """Status of the first request that failed by itself; 0: none did."""

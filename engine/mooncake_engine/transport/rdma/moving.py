@@ -41,6 +41,11 @@ _THEIRS = {9, 10, 11}  # REM_INV_REQ_ERR, REM_ACCESS_ERR, REM_OP_ERR: theirs
 
 #: Most time that may pass between two looks at endpoints that have to be reaped.
 _LOOK_S = 1.0
+#: Time between two looks at queue pairs that say nothing.
+_LISTEN_S = 0.2
+#: Within this a NIC reports an error, or that a request has ended. Soft-RoCE was seen to do neither
+#: when its interfaces went down under load.
+_SILENCE_S = 5.0
 #: Under way at once: what a lane moves in this time, so that a cancel waits no longer; but so many
 #: bytes and requests that the NIC has work while what has completed is replaced.
 _WINDOW_S = 0.1
@@ -79,7 +84,7 @@ class Moving:
         self._keys_tried = False
         self._refusal = ""  # of the peer's NIC, with the keys that we have
         self._last_error = "every rail rests after a failure"
-        self._moved_at = time.monotonic()
+        self._listen_at = 0.0
 
     def run(self) -> None:
         """Move it. Raises `LaneError`, `PathLost` among them."""
@@ -204,11 +209,20 @@ class Moving:
                 self._fail(Status.PEER_GONE, self._link.control.gone)
             elif now >= self._deadline:
                 self._fail(Status.TIMED_OUT, "it did not end by its deadline")
-        limit = self._config.slice_timeout_s
-        if limit > 0 and self._job.under_way and now - self._moved_at > limit:
-            self._moved_at = now
-            for endpoint in self._endpoints.values():
-                reason = f"{endpoint.name} moved nothing for {limit} s"
+        if now >= self._listen_at:
+            self._listen_at = now + _LISTEN_S
+            self._end_silence(now)
+
+    def _end_silence(self, now: float) -> None:
+        """Give up queue pairs that owe a completion for too long."""
+        config = self._config
+        limit = config.slice_timeout_s
+        if limit <= 0:
+            nic_s = 4.096e-6 * 2**config.send_timeout * (config.send_retry_count + 1)
+            limit = max(_SILENCE_S, 4 * nic_s)  # a NIC may take 4 times as long as it was told
+        for endpoint in self._endpoints.values():
+            if endpoint.silence(now) > limit:
+                reason = f"{endpoint.name} moved nothing for {limit:g} s"
                 endpoint.fail(Failure(reason, rail=True))
 
     def _fail(self, status: Status, reason: str) -> None:
@@ -349,7 +363,6 @@ class Moving:
 
     def _wait(self) -> None:
         began = time.monotonic()
-        before = self._job.bytes_under_way
         if not self._polled(began + self._patience.seconds):
             for completions in self._completions:
                 completions.arm()  # and polls once more
@@ -357,8 +370,6 @@ class Moving:
             self._job.wait(until)
         now = time.monotonic()
         self._patience.waited(now - began)
-        if self._job.bytes_under_way != before:
-            self._moved_at = now
         if now - began >= _LOOK_S / 2:
             self._link.reap()
 

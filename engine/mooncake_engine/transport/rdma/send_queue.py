@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,7 @@ class SendQueue(Owner):
         self._ended = 0  # id of the last request known to have ended
         self._good = 0  # and well
         self._broken = 0  # status of the first error
+        self._moved_at = 0.0  # monotonic second of the last end, or of a post after all had ended
         self._probe = 0  # id of the WRITE_WITH_IMM that proves the path
         completions.add(queue_pair.number, self)
 
@@ -79,6 +81,11 @@ class SendQueue(Owner):
         """Nothing is under way."""
         with self.completions.lock:
             return self._ended == self._next - 1
+
+    def silence(self, now: float) -> float:
+        """Seconds for which nothing has ended of what is under way."""
+        with self.completions.lock:
+            return now - self._moved_at if self._ended < self._next - 1 else 0.0
 
     @property
     def broken(self) -> int:
@@ -140,10 +147,16 @@ class SendQueue(Owner):
             if not count:
                 return None
             chain = _Chain(job, self._next, self._next + count - 1, rows.start)
-            self._next += count
+            self._number(count)
             self._chains.append(chain)
             job.posted(chain.rows_to(chain.last))
             return chain
+
+    def _number(self, count: int) -> None:
+        """Give the next `count` ids away. Lock held."""
+        if self._ended == self._next - 1:
+            self._moved_at = time.monotonic()
+        self._next += count
 
     def _take_back(self, chain: _Chain, accepted: int) -> None:
         """Only the first `accepted` requests of the newest chain were posted."""
@@ -168,7 +181,7 @@ class SendQueue(Owner):
                 return
             with self.completions.lock:
                 self._probe = self._next
-                self._next += 1
+                self._number(1)
                 # Once in a queue pair's life, before there is traffic: never starved for long.
                 self.completions.reserve()
             self.queue_pair.post_imm(imm, b"", 0, 0, wr_id=self._probe)
@@ -177,6 +190,7 @@ class SendQueue(Owner):
     def completed(self, wr_id: int, status: int, imm: int | None) -> int:
         """See `Owner`: requests up to `wr_id` have ended, well unless `status` says otherwise."""
         freed, self._ended = wr_id - self._ended, wr_id
+        self._moved_at = time.monotonic()
         if status:
             self._broken = self._broken or status
         elif not self._broken:
