@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -24,6 +25,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "guest"
 KERNEL = "linux-image-amd64"  # depends on the newest; "-cloud-amd64" has no rdma_rxe and no 9p
 # What reaches the machine's root and carries output; modprobe says what they need in turn.
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "virtio_rng")
+INSMOD = re.compile(r"insmod (.*\.ko(?:\.[a-z]+)?)")  # the path may have blanks
 FOLDERS = ("bin", "dev", "proc", "sys", "lower", "up", "new", "modules")
 # How what is compressed begins and ends its name, and what opens it: it comes out even when other
 # bytes follow it, as they do in a bzImage.
@@ -169,8 +171,8 @@ def _with_needs(root: Path, version: str) -> list[Path]:
     for module in MODULES:
         command = ("modprobe", "-d", str(root), "-S", version, "--show-depends", module)
         for line in _run(*command).splitlines():
-            if line.startswith("insmod "):
-                found.setdefault(Path(line.split()[1]))
+            if file := INSMOD.match(line):
+                found.setdefault(Path(file[1]))
     return list(found)
 
 
