@@ -47,6 +47,17 @@ where_rdma_is() {
     fi
 }
 
+# What the RDMA tests move again: pages that vLLM's tests wrote down, .cache/recordings.
+has_recording() {
+    [[ -x $root/.venv/bin/python ]] &&
+        "$root/.venv/bin/python" tests/helpers/kv_recording.py >/dev/null 2>&1
+}
+
+record_pages() {
+    MOONCAKE_TEST_MODEL=$tiny_model MOONCAKE_TEST_LOGS=$cache/logs/recording \
+        "$root/.venv-vllm/bin/pytest" --timeout 900 tests/integration/vllm/test_recording.py
+}
+
 # Exit status: 1, 2 or 3 as rdma_tests.sh says, another one when it did not come to its end.
 rdma_tests() {
     local status=0 log

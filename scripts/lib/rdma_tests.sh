@@ -10,13 +10,13 @@ options=(-p no:cacheprovider --timeout 300)
 export PYTHONDONTWRITEBYTECODE=1
 status=0
 
-.venv/bin/python -m pytest "${options[@]}" tests/rdma tests/conformance -k rdma "$@" 2>&1 |
+.venv/bin/python -m pytest "${options[@]}" tests/rdma "$@" 2>&1 |
     tee "$logs/test-rdma.log" || status=1
 
 # What a binding promises, and the transport over it; the rest does not depend on the binding.
 if [[ -x .venv-pyverbs/bin/python ]]; then
     MC_VERBS_BINDING=pyverbs .venv-pyverbs/bin/python -m pytest "${options[@]}" \
-        tests/rdma/test_verbs_*.py tests/conformance -k rdma "$@" 2>&1 |
+        tests/rdma/test_verbs_*.py tests/rdma/test_transport_conformance.py "$@" 2>&1 |
         tee "$logs/test-rdma-pyverbs.log" || status=$((status + 2))
 else
     echo "pyverbs tests not run: this system has no python3-pyverbs of its own" |

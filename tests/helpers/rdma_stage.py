@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 from mooncake_engine import EngineConfig, MetadataConfig, RdmaConfig, TcpConfig, TransferEngine
 from mooncake_engine.testing import conformance
@@ -15,9 +16,14 @@ if TYPE_CHECKING:
 #: The guest's rails: one end of each veth pair for the initiator, the other for the target.
 OURS = ("rxe0", "rxe2")
 THEIRS = ("rxe1", "rxe3")
-#: An emulated processor acknowledges late when the machine is busy: 4.096 us * 2**18 = 1.1 s, six
-#: times. Tests of a dead path set less.
-PATIENT = {"send_timeout": 18}
+DEFAULTS: dict[str, Any] = {
+    "binding": os.environ.get("MC_VERBS_BINDING", "native"),
+    "min_port": 0,
+    "max_port": 0,
+    # An emulated processor acknowledges late when the machine is busy: 4.096 us * 2**18 = 1.1 s, six
+    # times. Tests of a dead path set less.
+    "send_timeout": 18,
+}
 
 
 def config(
@@ -30,7 +36,7 @@ def config(
         host="127.0.0.1",
         tcp=TcpConfig(min_port=0, max_port=0),
         metadata=MetadataConfig(p2p_min_port=0, p2p_max_port=0),
-        rdma=RdmaConfig(devices=devices, **({"min_port": 0, "max_port": 0} | PATIENT | rdma)),
+        rdma=RdmaConfig(devices=devices, **(DEFAULTS | rdma)),
         **(engine or {}),
     )
 
