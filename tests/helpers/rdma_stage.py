@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "binding": os.environ.get("MC_VERBS_BINDING", "native"),
     "min_port": 0,
     "max_port": 0,
-    # An emulated processor acknowledges late when the machine is busy: 4.096 us * 2**18 = 1.1 s, six
+    # An emulated processor acknowledges late on a busy machine: 4.096 us * 2**18 = 1.1 s, seven
     # times. Tests of a dead path set less.
     "send_timeout": 18,
 }
