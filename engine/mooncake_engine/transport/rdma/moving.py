@@ -127,7 +127,7 @@ class Moving:
         if self._piece.op is Op.READ:
             self._link.shared.settle(gpus_of(self._locations))
             return
-        _, locations = self._link.control.keys
+        locations = self._their_locations
         gpus = gpus_of({locations[row] for row in set(self._cut.remote_rows.tolist())})
         if gpus:
             question = self._link.control.settle(gpus, self._job)
@@ -162,7 +162,7 @@ class Moving:
     def _cut_up(self) -> None:
         link, config, reads = self._link, self._config, self._piece.op is Op.READ
         own = link.shared.registrations.snapshot
-        self._theirs, their_locations = link.control.keys
+        self._theirs, self._their_locations = link.control.keys
         self._ours = own.table
         self._cut = work.cut(
             self._piece,
@@ -174,7 +174,7 @@ class Moving:
         )
         self._location = (
             str(own.locations[self._cut.local_rows[0]]),
-            their_locations[int(self._cut.remote_rows[0])],
+            self._their_locations[int(self._cut.remote_rows[0])],
         )
         self._locations = set(own.location_of(self._cut.local_rows).tolist())
         rails = link.rails_of(*self._location)
@@ -282,7 +282,7 @@ class Moving:
                 self._renew_keys()
             except LaneError:
                 return
-            self._theirs, _ = self._link.control.keys
+            self._theirs, self._their_locations = self._link.control.keys
             rows = self._theirs.locate(self._cut.work.remote)
             same = (rows >= 0).all() and all(
                 bool((new[rows] == before[self._cut.remote_rows]).all())
