@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NAMES = ("stub0", "stub1")
+REFUSED = 10  # IBV_WC_REM_ACCESS_ERR
 
 
 class WiredQueuePair(HeldQueuePair):
@@ -31,6 +32,7 @@ class WiredQueuePair(HeldQueuePair):
     ) -> None:
         super().__init__(provider, number, send, caps)
         self._moves: dict[int, list[tuple[int, int, int]]] = {}  # to, from, bytes
+        self._rkeys: dict[int, int] = {}
         self._probes: dict[int, int] = {}
         self._peer = 0
         self.fabric.add(self)
@@ -54,7 +56,8 @@ class WiredQueuePair(HeldQueuePair):
         inline: int,
     ) -> int:
         for row in range(rows.start, rows.stop):
-            self._moves[wr_id + row - rows.start] = list(_moves(opcode, work, row))
+            self._moves[wr_id + row - rows.start] = _moves(opcode, work, row)
+            self._rkeys[wr_id + row - rows.start] = int(rkeys[row])
         accepted = super().post(
             opcode, work, rows, lkeys, rkeys, wr_id=wr_id, signal_every=signal_every, inline=inline
         )
@@ -66,6 +69,17 @@ class WiredQueuePair(HeldQueuePair):
         self._probes[wr_id] = imm
         super().post_imm(imm, data, remote, rkey, wr_id=wr_id)
         self.fabric.posted.set()
+
+    @override
+    def end(self, count: int) -> None:
+        """As far as their keys open what is registered; the next one is refused then."""
+        first = self.under_way[:count]
+        opened = [self._rkeys.get(wr_id) in {None, *self.provider.rkeys} for wr_id in first]
+        if all(opened):
+            super().end(count)
+        else:
+            super().end(opened.index(False))
+            self.fail(REFUSED)
 
     @override
     def arrived(self, wr_id: int) -> None:
@@ -96,14 +110,18 @@ class Fabric:
     Attributes:
         verbs: With two devices, `NAMES`.
         fail_every: One step in so many fails its queue pair; 0: none.
+        failed: How many were failed so.
         posted: Set by whoever posts.
     """
 
-    def __init__(self, seed: int, *, fail_every: int = 0, status: int = 12) -> None:
+    def __init__(
+        self, seed: int, *, fail_every: int = 0, status: int = 12, together: bool = False
+    ) -> None:
         self.posted = threading.Event()
         self.fail_every = fail_every
         self.failed = 0
         self._status = status
+        self._together = together
         self._random = random.Random(seed)
         self._lock = threading.Lock()  # guards _pairs
         self._pairs: dict[int, WiredQueuePair] = {}
@@ -160,7 +178,10 @@ class Fabric:
                 if not busy:
                     break
                 pair = self._random.choice(busy)
-                if self.fail_every and not self._random.randrange(self.fail_every):
+                if self._together:  # all of them, before anybody has looked
+                    for each in busy:
+                        each.end(40)
+                elif self.fail_every and not self._random.randrange(self.fail_every):
                     self.failed += 1
                     pair.fail(self._status)
                 else:

@@ -77,6 +77,7 @@ class Provider:
         self.calls: list[Call] = []
         self.open = 0  # objects not closed yet, but for devices
         self.most_at_once = 0  # registrations
+        self.rkeys: set[int] = set()  # of what is registered
         self.numbers = itertools.count(1)
         self._changed = threading.Condition()  # guards all above and below
         self._failures: dict[str, list[int]] = {}
@@ -150,6 +151,12 @@ class StubRegion(_Thing, MemoryRegion):
     def __init__(self, provider: Provider, number: int) -> None:
         super().__init__(provider, "region")
         self.lkey, self.rkey = number, 0x1000_0000 + number
+        provider.rkeys.add(self.rkey)
+
+    @override
+    def close(self) -> None:
+        self.provider.rkeys.discard(self.rkey)
+        super().close()
 
 
 class StubChannel(_Thing, Channel):

@@ -72,10 +72,11 @@ def staged(
     seed: int,
     *,
     fail_every: int = 0,
+    together: bool = False,
     **rdma: Any,  # noqa: ANN401 - settings are of any type
 ) -> Iterator[Stage]:
     monkeypatch.setattr(moving, "_LOOK_S", 3600.0)
-    with Fabric(seed, fail_every=fail_every) as fabric:
+    with Fabric(seed, fail_every=fail_every, together=together) as fabric:
         monkeypatch.setattr(transport, "load", lambda _binding: fabric.verbs)
         with (
             TransferEngine(config(NAMES[1], **rdma)) as theirs,
@@ -148,6 +149,38 @@ def test_memory_is_let_go_of_when_a_batch_was_cancelled_among_others(
             assert end.ok, end.error
             assert (stage.near[: LENGTH // 2] == 7).all()
             assert np.array_equal(stage.near[LENGTH // 2 :], stage.far[LENGTH // 2 :])
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_memory_registered_anew_is_reached_though_all_queue_pairs_met_the_old_key(
+    monkeypatch: pytest.MonkeyPatch, seed: int, *, together: bool
+) -> None:
+    whole = np.array([[0, 0, LENGTH]], np.uint64)
+    with staged(monkeypatch, seed, together=together, **TIGHT) as stage:
+        for _ in range(3):
+            stage.near[:] = 0
+            end = stage.submit(Op.READ, whole).wait(LIMIT_S)
+            assert end.ok, end.error
+            assert np.array_equal(stage.near, stage.far)
+            stage.target.unregister_memory(address_of(stage.far))
+            stage.target.register_memory(stage.far)
+
+
+@pytest.mark.parametrize("op", Op)
+def test_memory_taken_back_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
+    whole = np.array([[0, 0, LENGTH]], np.uint64)
+    with staged(monkeypatch, 1, **TIGHT) as stage:
+        assert stage.submit(Op.READ, whole).wait(LIMIT_S).ok
+        stage.target.unregister_memory(address_of(stage.far))
+        stage.far[:] = 9
+        stage.near[:] = 7
+        for _ in range(2):  # once the NIC says no, once the keys do
+            end = stage.submit(op, whole).wait(LIMIT_S)
+            assert end.status is Status.REFUSED
+            assert "unregistered" in end.error
+        assert (stage.near == 7).all()
+        assert (stage.far == 9).all()
 
 
 def test_a_nic_that_fails_altogether_ends_the_batch_and_touches_nothing_afterwards(

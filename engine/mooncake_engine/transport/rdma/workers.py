@@ -40,11 +40,14 @@ class Workers:
         self._later: deque[Callable[[], object]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = threading.Event()
+        self._polls: list[select.epoll] = []
         self._threads = []
         for index in range(count):
             mine = [c for i, c in enumerate(channels) if i % count == index % len(channels)]
+            poll = select.epoll()  # here, where a lack of descriptors is heard of
+            self._polls.append(poll)
             thread = threading.Thread(
-                target=self._run, args=(mine,), name=f"rdma-{name}-{index}", daemon=True
+                target=self._run, args=(mine, poll), name=f"rdma-{name}-{index}", daemon=True
             )
             self._threads.append(thread)
         for thread in self._threads:
@@ -55,15 +58,14 @@ class Workers:
         self._later.append(action)
         os.eventfd_write(self._wake, 1)
 
-    def _run(self, channels: Sequence[Channel]) -> None:
+    def _run(self, channels: Sequence[Channel], poll: select.epoll) -> None:
         self._pin()
         speaking = {channel.fileno(): channel for channel in channels}
-        with select.epoll() as poll:
-            poll.register(self._wake, select.EPOLLIN)
-            for descriptor in speaking:  # one thread is enough for one event
-                poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            while not self._closed.is_set():
-                self._answer([descriptor for descriptor, _ in poll.poll()], speaking)
+        poll.register(self._wake, select.EPOLLIN)
+        for descriptor in speaking:  # one thread is enough for one event
+            poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        while not self._closed.is_set():
+            self._answer([descriptor for descriptor, _ in poll.poll()], speaking)
 
     def _answer(self, ready: Iterable[int], speaking: Mapping[int, Channel]) -> None:
         for descriptor in ready:
@@ -109,4 +111,6 @@ class Workers:
         os.eventfd_write(self._wake, 1)
         for thread in self._threads:
             thread.join()
+        for poll in self._polls:
+            poll.close()
         os.close(self._wake)
