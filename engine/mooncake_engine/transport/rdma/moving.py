@@ -37,7 +37,9 @@ _OPCODES = {Op.READ: Opcode.READ, Op.WRITE: Opcode.WRITE}
 
 # ibv_wc_status, as far as it says who is to blame.
 _OURS = {1, 4}  # LOC_LEN_ERR, LOC_PROT_ERR: our memory
-_THEIRS = {9, 10, 11}  # REM_INV_REQ_ERR, REM_ACCESS_ERR, REM_OP_ERR: theirs
+# REM_ACCESS_ERR, REM_OP_ERR: theirs. Not 9, REM_INV_REQ_ERR: a request may also be invalid because
+# a part of it was lost, as Soft-RoCE says when a rail goes down in mid-transfer.
+_THEIRS = {10, 11}
 
 #: Most time that may pass between two looks at endpoints that have to be reaped.
 _LOOK_S = 1.0
