@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from mooncake_engine.transport.rdma.verbs.base import Opcode, QueueCaps, RemoteQueue, Work
 from typing_extensions import override
-from verbs_stub import HeldQueuePair, Provider, StubCompletionQueue, StubDevice, StubVerbs
+from verbs_held import HeldQueuePair
+from verbs_stub import Provider, StubCompletionQueue, StubDevice, StubVerbs
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,8 @@ from mooncake_engine.transport.rdma.job import Job
 from mooncake_engine.transport.rdma.messages import Accepted, QueueAddress
 from mooncake_engine.transport.rdma.rails import Rail
 from mooncake_engine.transport.rdma.verbs.base import Opcode, Work
-from verbs_stub import FLUSHED, HeldQueuePair, Provider, StubDevice, StubVerbs
+from verbs_held import FLUSHED, HeldQueuePair
+from verbs_stub import Provider, StubDevice, StubVerbs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,106 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mooncake_engine import RdmaConfig
-from mooncake_engine.transport.rdma.completions import Completions
-from mooncake_engine.transport.rdma.context import Context
-from mooncake_engine.transport.rdma.endpoint import Endpoint
-from mooncake_engine.transport.rdma.job import Failed, Job
-from mooncake_engine.transport.rdma.rails import Rail
-from mooncake_engine.transport.rdma.send_queue import SIGNAL_EVERY, SendQueue
-from mooncake_engine.transport.rdma.verbs.base import Opcode, QueueCaps, VerbsError, Work
-from verbs_stub import FLUSHED, HeldQueuePair, Provider, StubDevice, StubVerbs
+from mooncake_engine.transport.rdma.send_queue import SIGNAL_EVERY
+from mooncake_engine.transport.rdma.verbs.base import VerbsError
+from send_bench import REFUSED, Bench, Sender, an_endpoint, nic
+from verbs_held import FLUSHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-REFUSED = 10  # IBV_WC_REM_ACCESS_ERR
-ROWS = 10_000  # more than any test posts for one job
-EMPTY = Work(
-    np.zeros(ROWS, np.uint64),
-    np.arange(ROWS),
-    np.ones(ROWS, np.int64),
-    np.zeros(ROWS, np.uint64),
-    np.zeros(ROWS, np.uint32),
-)
-KEYS = np.zeros(ROWS, np.uint32)
+    from mooncake_engine.transport.rdma.endpoint import Endpoint
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[Endpoint]:
-    """Whom the queues below belong to, as far as their jobs are told."""
-    device = StubDevice(Provider(), queue_pairs=HeldQueuePair)
-    context = Context(StubVerbs(device), device.name, RdmaConfig(), numa=-1, cpus=None)
-    with contextlib.closing(context):
-        made = Endpoint(
-            context,
-            Rail(0, 0),
-            context.record,
-            deadline=time.monotonic() + 60,
-            on_state=lambda _endpoint, _state: None,
-        )
-        with contextlib.closing(made):
-            yield made
-
-
-class Sender:
-    """A job that posts its rows in order, as far as there is room."""
-
-    def __init__(self) -> None:
-        self.job = Job()
-        self.job.begin(np.full(ROWS, 10, np.uint64))
-        self.next = 0
-        self.failed: list[Failed] = []
-
-    def post(self, queue: SendQueue, count: int) -> int:
-        rows = slice(self.next, self.next + count)
-        posted = queue.post(self.job, Opcode.READ, EMPTY, rows, KEYS, KEYS, 0)
-        self.next += posted
-        return posted
-
-    def failed_rows(self) -> list[int]:
-        """All that came back failed so far; none twice."""
-        self.failed += self.job.take_failed()
-        rows = [row for failed in self.failed for row in range(ROWS)[failed.rows]]
-        assert len(rows) == len(set(rows))
-        return rows
-
-
-class Bench:
-    """One completion queue and queue pairs that share it."""
-
-    def __init__(
-        self, endpoint: Endpoint, *, queues: int = 1, wr: int = 64, depth: int = 256
-    ) -> None:
-        self.provider = Provider()
-        self.device = StubDevice(self.provider, queue_pairs=HeldQueuePair)
-        channel = endpoint.queues[0].completions.channel  # never rung here: nothing arms
-        self.completions = Completions(self.device, depth, channel, depth)
-        self._endpoint = endpoint
-        self._caps = QueueCaps(wr, 1, 1, 0, 0)
-        self.queues = [self.another() for _ in range(queues)]
-
-    def another(self) -> SendQueue:
-        cq = self.completions.queue
-        pair = self.device.queue_pair(cq, cq, self._caps)
-        return SendQueue(pair, self.completions, self._endpoint)
-
-    def poll(self) -> None:
-        while self.completions.poll():
-            pass
-
-
-def nic(queue: SendQueue) -> HeldQueuePair:
-    assert isinstance(queue.queue_pair, HeldQueuePair)
-    return queue.queue_pair
+    with an_endpoint() as made:
+        yield made
 
 
 def test_a_chain_is_given_back_when_its_last_request_has_ended(endpoint: Endpoint) -> None:
@@ -239,128 +157,3 @@ def test_a_new_queue_pair_may_have_the_number_of_one_that_is_being_closed(
     nic(new).end(1)
     bench.poll()
     assert sender.job.under_way == 0
-
-
-class Step(NamedTuple):
-    """`what` with queue pair and job number `which`, `count` requests."""
-
-    what: str
-    which: tuple[int, int]
-    count: int
-
-
-STEPS = st.lists(
-    st.builds(
-        Step,
-        st.sampled_from(["post"] * 6 + ["end"] * 4 + ["poll"] * 3 + ["fail", "stop", "close"]),
-        st.tuples(st.integers(0, 2), st.integers(0, 2)),
-        st.integers(1, 40),
-    ),
-    max_size=60,
-)
-
-
-class Model:
-    """What the NIC did, beside what jobs were told."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.bench = Bench(endpoint, queues=3, wr=24, depth=48)
-        self.senders = [Sender() for _ in range(3)]
-        self._posted: dict[tuple[int, int], tuple[int, int]] = {}  # pair, wr_id -> sender, row
-        self._pairs = [nic(queue) for queue in self.bench.queues]
-        self._starved: set[int] = set()
-
-    def take(self, step: Step) -> None:
-        queue = self.bench.queues[step.which[0]]
-        room = self._room()
-        match step.what:
-            case "post":
-                self._post(queue, step.which[1], step.count)
-            case "end":
-                nic(queue).end(step.count)
-            case "fail":
-                nic(queue).fail(REFUSED)
-            case "stop":
-                self._stop(queue)
-            case "poll":
-                self.bench.completions.poll()
-            case "close":
-                queue.close()
-                self.bench.queues[step.which[0]] = new = self.bench.another()
-                self._pairs.append(nic(new))
-        if step.what in {"poll", "stop"} and self._room() > room:
-            self._all_woken()
-        for sender in self.senders:
-            sender.failed_rows()
-        self.check()
-
-    def _room(self) -> int:
-        return sum(queue.free for queue in self.bench.queues)
-
-    def _post(self, queue: SendQueue, who: int, count: int) -> None:
-        sender = self.senders[who]
-        first = sender.next
-        posted = sender.post(queue, count)
-        assert 0 <= posted <= count
-        if not posted:
-            self._starved.add(who)
-            return
-        wr_id = self.bench.provider.of("post")[-1]["wr_id"]
-        for number in range(posted):
-            self._posted[queue.queue_pair.number, wr_id + number] = (who, first + number)
-
-    def _stop(self, queue: SendQueue) -> None:
-        """As an endpoint does that failed."""
-        queue.stop()
-        self.bench.completions.wake_starved()
-        self._all_woken()
-
-    def _all_woken(self) -> None:
-        for who in self._starved:
-            assert self.senders[who].job.woken
-            self.senders[who].job.wait(0.0)
-        self._starved.clear()
-
-    def check(self) -> None:
-        """Nothing is given back while the NIC may touch its memory."""
-        touching = [0, 0, 0]
-        for pair in self._pairs:
-            for wr_id in pair.under_way:
-                touching[self._posted[pair.number, wr_id][0]] += 1
-        for sender, count in zip(self.senders, touching, strict=True):
-            assert count <= sender.job.under_way <= sender.next
-
-    def finish(self) -> None:
-        """End all; afterwards everybody knows everything, and every place is free."""
-        for queue in self.bench.queues:
-            nic(queue).end(1000)
-        self.bench.poll()
-        self.check()
-        well = {
-            self._posted[pair.number, wr_id] for pair in self._pairs for wr_id in pair.ended_well
-        }
-        for who, sender in enumerate(self.senders):
-            assert (sender.job.under_way, sender.job.bytes_under_way) == (0, 0)
-            failed = {(who, row) for row in sender.failed_rows()}
-            moved = {(who, row) for row in range(sender.next)} - failed
-            assert moved <= well
-        for queue in self.bench.queues:
-            queue.close()
-        last = Sender()
-        fresh = [self.bench.another() for _ in range(2)]
-        assert last.post(fresh[0], 24) + last.post(fresh[1], 24) == 48 - 4
-        nic(fresh[0]).end(24)
-        nic(fresh[1]).end(24)
-        self.bench.poll()
-        assert last.job.under_way == 0
-
-
-@settings(max_examples=300)
-@given(STEPS)
-def test_every_request_comes_back_once_and_not_before_its_nic_has_let_go(
-    endpoint: Endpoint, steps: list[Step]
-) -> None:
-    model = Model(endpoint)
-    for step in steps:
-        model.take(step)
-    model.finish()
