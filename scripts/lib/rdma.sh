@@ -24,6 +24,7 @@ missing_rdma_packages() {
     [[ -z $(no_rdma_here) ]] && command -v dpkg-query >/dev/null || return 0
     local package
     local -a needed=(libibverbs1 ibverbs-providers ibverbs-utils perftest python3-pyverbs tcpdump)
+    needed+=(libibverbs-dev gcc) # a unit test compares our structures with the C header
     [[ $(own_rdma_devices) ]] || needed+=(qemu-system-x86 busybox-static iproute2 kmod zstd)
     for package in "${needed[@]}"; do
         [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] ||
