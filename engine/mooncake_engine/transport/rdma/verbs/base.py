@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import abc
 import enum
+import ipaddress
 import os
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,6 +136,12 @@ class RemoteQueue(NamedTuple):
     src_path_bits: int
     static_rate: int
     is_global: bool  # RoCE always; InfiniBand across subnets
+
+    @override
+    def __str__(self) -> str:
+        """What an error needs to say of it."""
+        where = ipaddress.IPv6Address(self.gid)
+        return f"towards {where.ipv4_mapped or where} or LID {self.lid}, MTU {self.mtu}"
 
 
 class SendLimits(NamedTuple):
