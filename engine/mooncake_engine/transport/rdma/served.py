@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import threading
-import time
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from mooncake_engine.errors import LaneError
-from mooncake_engine.transport import sockets
+from mooncake_engine.transport.acceptor import Acceptor, Wording
 from mooncake_engine.transport.rdma import gids, messages
 from mooncake_engine.transport.rdma.completions import Owner
 from mooncake_engine.transport.rdma.messages import (
@@ -42,8 +40,15 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_JOIN_S = 10.0
-_RETRY_S = 0.05  # out of descriptors: connections end and give some back
+_RETRY_S = 0.05
+_CLOSED = "closed the RDMA control connection of %s: %s"
+_WORDING = Wording(
+    accepting="rdma-accept",
+    serving="rdma-peer",
+    cannot_accept="cannot accept an RDMA control connection: %s",
+    closed=_CLOSED,
+    lingers="%s did not end %g s after close",
+)
 
 
 class _Answering(Owner):
@@ -108,80 +113,35 @@ class Server:
             incarnation: Ours.
             timeout_s: For a greeting.
         """
-        self._listener = listener
         self._contexts = contexts
         self._keys = keys
         self._settle = settle
         self._incarnation = incarnation
         self._timeout_s = timeout_s
-        self._closing = threading.Event()
-        self._lock = threading.Lock()  # guards _connections
-        self._connections: dict[threading.Thread, MessageStream] = {}
-        self._acceptor = threading.Thread(target=self._accept, name="rdma-accept", daemon=True)
-        self._acceptor.start()
+        self._connections = Acceptor(
+            listener, MessageStream, self._serve, _WORDING, _log, retry_s=_RETRY_S
+        )
 
     def close(self) -> None:
         """End every connection and its queue pairs, and wait for the threads. Idempotent."""
-        self._closing.set()
-        sockets.wake_accept(self._listener)
-        deadline = time.monotonic() + _JOIN_S
-        self._acceptor.join(_JOIN_S)
-        self._listener.close()
-        with self._lock:
-            connections = dict(self._connections)
-        for stream in connections.values():
-            stream.shutdown()
-        for thread in connections:
-            thread.join(max(deadline - time.monotonic(), 0))
-            if thread.is_alive():
-                _log.error("%s did not end %g s after close", thread.name, _JOIN_S)
+        self._connections.close()
 
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, address = self._listener.accept()
-            except OSError as failure:
-                if not self._closing.wait(_RETRY_S):
-                    _log.warning("cannot accept an RDMA control connection: %s", failure)
-                continue
-            peer = sockets.host_port(*address[:2])
-            stream = MessageStream(sock)
-            thread = threading.Thread(
-                target=self._run, args=(stream, peer), name=f"rdma-peer-{peer}", daemon=True
-            )
-            with self._lock:
-                self._connections[thread] = stream
-            try:
-                sockets.configure(sock)
-                thread.start()
-            except (OSError, RuntimeError) as failure:  # already reset, or no more threads
-                _log.warning("closed the RDMA control connection of %s: %s", peer, failure)
-                with self._lock:
-                    del self._connections[thread]
-                stream.close()
-
-    def _run(self, stream: MessageStream, peer: str) -> None:
+    def _serve(self, stream: MessageStream, peer: str) -> None:
         try:
-            with (
-                contextlib.closing(stream),
-                contextlib.closing(
-                    _Endpoints(stream, self._contexts, self._keys, self._settle)
-                ) as endpoints,
-            ):
+            with contextlib.closing(
+                _Endpoints(stream, self._contexts, self._keys, self._settle)
+            ) as endpoints:
                 if self._greet(stream):
                     stream.set_patience(None)
                     endpoints.run()
         except Malformed as reason:
-            _log.warning("closed the RDMA control connection of %s: %s", peer, reason)
+            _log.warning(_CLOSED, peer, reason)
         except VerbsError as error:
-            _log.error("closed the RDMA control connection of %s: %s", peer, error.strerror)
+            _log.error(_CLOSED, peer, error.strerror)
         except (OSError, EOFError) as failure:
             _log.debug("the RDMA control connection of %s ended: %r", peer, failure)
         except Exception:  # noqa: BLE001 - what one peer sends must not end in silence
             _log.exception("serving the RDMA control connection of %s failed", peer)
-        finally:
-            with self._lock:
-                del self._connections[threading.current_thread()]
 
     def _greet(self, stream: MessageStream) -> bool:
         stream.set_patience(self._timeout_s)

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from mooncake_engine.transport import sockets
+from mooncake_engine.transport.acceptor import Acceptor, Wording
 from mooncake_engine.transport.tcp import wire
 from mooncake_engine.transport.tcp.serving import Serving
 from mooncake_engine.transport.tcp.stream import DeadlinePassed, Stream
@@ -24,8 +24,15 @@ _log = logging.getLogger(__name__)
 # Connections that did not greet yet, beside the served ones: enough for the peers of a large
 # deployment to arrive in one second, and few enough that strangers cannot use up the threads.
 _GREETING = 64
-_RETRY_S = 0.2  # accept fails at once, again and again, while descriptors are short
-_JOIN_S = 10.0  # a thread leaves within microseconds of its shutdown; more means a bug
+_RETRY_S = 0.2
+_CLOSED = "closed the tcp connection of %s: %s"
+_WORDING = Wording(
+    accepting="tcp-accept",
+    serving="tcp-lane",
+    cannot_accept="tcp server cannot accept a lane: %s; it goes on trying",
+    closed=_CLOSED,
+    lingers="%s is still in a system call %g s after close",
+)
 
 
 class Server:
@@ -40,83 +47,41 @@ class Server:
         incarnation: str,
     ) -> None:
         """Take over `listener` and start to accept."""
-        self._listener = listener
+        self._listener = listener  # closed by _lanes; kept to be looked at
         self._config = config
         self._regions = regions
         self._grants = grants
         self._incarnation = incarnation
-        self._closing = threading.Event()
-        self._lock = threading.Lock()  # guards _lanes and _served
-        self._lanes: dict[threading.Thread, Stream] = {}
+        self._lock = threading.Lock()  # guards _served
         self._served: set[Stream] = set()  # those of _lanes that were welcomed
-        # Daemons: a process whose engine was never closed must still be able to exit.
-        self._acceptor = threading.Thread(target=self._accept, name="tcp-accept", daemon=True)
-        self._acceptor.start()
+        self._lanes = Acceptor(
+            listener,
+            Stream,
+            self._serve,
+            _WORDING,
+            _log,
+            retry_s=_RETRY_S,
+            limit=config.tcp.max_served_lanes + _GREETING,
+        )
 
     def close(self) -> None:
         """Stop accepting, end every lane and wait for their threads. Idempotent."""
-        self._closing.set()
-        sockets.wake_accept(self._listener)
-        deadline = time.monotonic() + _JOIN_S
-        self._acceptor.join(_JOIN_S)
-        self._listener.close()
-        with self._lock:
-            lanes = dict(self._lanes)
-        for stream in lanes.values():
-            stream.shutdown()
-        for thread in lanes:
-            thread.join(max(deadline - time.monotonic(), 0))
-            if thread.is_alive():
-                _log.error("%s is still in a system call %g s after close", thread.name, _JOIN_S)
+        self._lanes.close()
 
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, address = self._listener.accept()
-            except OSError as failure:
-                if not self._closing.wait(_RETRY_S):
-                    _log.warning("tcp server cannot accept a lane: %s; it goes on trying", failure)
-                continue
-            self._start(sock, sockets.host_port(*address[:2]))
-
-    def _start(self, sock: socket.socket, peer: str) -> None:
-        stream = Stream(sock)
-        thread = threading.Thread(
-            target=self._run, args=(stream, peer), name=f"tcp-lane-{peer}", daemon=True
-        )
-        with self._lock:
-            full = len(self._lanes) >= self._config.tcp.max_served_lanes + _GREETING
-            if not full:
-                self._lanes[thread] = stream
-        if full:
-            _log.warning("closed the tcp connection of %s: too many wait to be greeted", peer)
-            stream.close()
-            return
-        try:
-            sockets.configure(sock)
-            thread.start()
-        except (OSError, RuntimeError) as failure:  # already reset, or no more threads
-            _log.warning("closed the tcp connection of %s: %s", peer, failure)
-            with self._lock:
-                del self._lanes[thread]
-            stream.close()
-
-    def _run(self, stream: Stream, peer: str) -> None:
+    def _serve(self, stream: Stream, peer: str) -> None:
         try:
             if self._greet(stream, peer):
                 stream.set_timeouts(self._config.tcp.send_timeout_s)
                 Serving(stream, self._regions, self._grants).run()
         except wire.Malformed as reason:
-            _log.warning("closed the tcp connection of %s: %s", peer, reason)
+            _log.warning(_CLOSED, peer, reason)
         except (DeadlinePassed, BlockingIOError):
-            _log.warning("closed the tcp connection of %s: it stopped in mid-frame", peer)
+            _log.warning(_CLOSED, peer, "it stopped in mid-frame")
         except (OSError, EOFError) as failure:
             _log.debug("tcp lane of %s ended in mid-frame: %r", peer, failure)
         finally:
-            stream.close()
             with self._lock:
                 self._served.discard(stream)
-                del self._lanes[threading.current_thread()]
 
     def _greet(self, stream: Stream, peer: str) -> bool:
         """Handshake; True when the lane may be served."""
