@@ -117,7 +117,7 @@ def test_partial_counts_and_interrupted_calls_lose_no_byte(
     size = 64 * MIB
     initiator, target = start(size=size), start(size=size)
     # Small buffers make every call wait, so that the alarms meet it half done.
-    listener = target.transport._server._listener
+    listener = target.transport._server._lanes._listener
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
     source, sink = (target, initiator) if op is Op.READ else (initiator, target)

@@ -305,7 +305,7 @@ def test_an_address_that_is_not_ours_is_named(start: Start, host: str) -> None:
 
 def test_the_bind_address_is_the_host_unless_it_is_written(start: Start) -> None:
     def bound_to(side: Side) -> str:
-        return str(side.transport._server._listener.getsockname()[0])
+        return str(side.transport._server._lanes._listener.getsockname()[0])
 
     assert bound_to(start(host="127.0.0.1")) == "127.0.0.1"
     assert bound_to(start(host="127.0.0.1", bind_address="127.0.0.2")) == "127.0.0.2"
