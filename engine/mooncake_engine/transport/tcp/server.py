@@ -47,7 +47,6 @@ class Server:
         incarnation: str,
     ) -> None:
         """Take over `listener` and start to accept."""
-        self._listener = listener  # closed by _lanes; kept to be looked at
         self._config = config
         self._regions = regions
         self._grants = grants
