@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -46,6 +47,9 @@ class Workers:
             mine = [c for i, c in enumerate(channels) if i % count == index % len(channels)]
             poll = select.epoll()  # here, where a lack of descriptors is heard of
             self._polls.append(poll)
+            poll.register(self._wake, select.EPOLLIN)
+            for channel in mine:
+                _listen(poll, channel.fileno())
             thread = threading.Thread(
                 target=self._run, args=(mine, poll), name=f"rdma-{name}-{index}", daemon=True
             )
@@ -61,9 +65,6 @@ class Workers:
     def _run(self, channels: Sequence[Channel], poll: select.epoll) -> None:
         self._pin()
         speaking = {channel.fileno(): channel for channel in channels}
-        poll.register(self._wake, select.EPOLLIN)
-        for descriptor in speaking:  # one thread is enough for one event
-            poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
         while not self._closed.is_set():
             self._answer([descriptor for descriptor, _ in poll.poll()], speaking)
 
@@ -114,3 +115,13 @@ class Workers:
         for poll in self._polls:
             poll.close()
         os.close(self._wake)
+
+
+def _listen(poll: select.epoll, descriptor: int) -> None:
+    """Wake one thread for one event. A channel that is an epoll itself (pyverbs) wakes them all."""
+    try:
+        poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        poll.register(descriptor, select.EPOLLIN)
