@@ -142,30 +142,41 @@ def settings(link: perftest.Link, device: str, slice_bytes: int) -> EngineConfig
 
 def compare(options: argparse.Namespace, link: perftest.Link, console: Console) -> int:
     """All cases; prints the table, writes the JSON."""
-    ours = Ours(link, options.slice_bytes)
     port = FIRST_PORT
     results: dict[Case, list[Round]] = {}
-    try:
-        for case in (Case(op, size) for size in options.sizes for op in ("read", "write")):
-            least = link.depth * link.queue_pairs * case.nbytes
-            rate = perftest.mib_per_s(case.op, link, case.nbytes, link.depth, port)
-            ours.mib_per_s(case, REGION)  # connects, and touches every page once
-            nbytes = max(least, int(rate * MIB * options.seconds))
-            iterations = nbytes // case.nbytes // link.queue_pairs
-            rounds = results[case] = []
-            for number in range(options.rounds):
-                port += 1
-                theirs = perftest.mib_per_s(case.op, link, case.nbytes, iterations, port)
-                rounds.append(Round(theirs, ours.mib_per_s(case, nbytes)))
-                turn = f"{number + 1} of {options.rounds}: perftest {theirs:.1f} MiB/s"
-                console.print(
-                    f"{case.op} {case.nbytes >> 10} KiB, {turn}, ours {rounds[-1].ours:.1f}"
-                )
-            port += 1
-    finally:
-        ours.close()
+    for size in options.sizes:
+        ours = Ours(link, options.slice_bytes or size)
+        try:
+            for case in (Case("read", size), Case("write", size)):
+                results[case], port = rounds_of(case, ours, options, link, console, port)
+        finally:
+            ours.close()
     report(results, options, link, console)
     return 0
+
+
+def rounds_of(
+    case: Case,
+    ours: Ours,
+    options: argparse.Namespace,
+    link: perftest.Link,
+    console: Console,
+    port: int,
+) -> tuple[list[Round], int]:
+    """All rounds of one case, and the next free port."""
+    least = link.depth * link.queue_pairs * case.nbytes
+    rate = perftest.mib_per_s(case.op, link, case.nbytes, link.depth, port)
+    ours.mib_per_s(case, REGION)  # connects, and touches every page once
+    nbytes = max(least, int(rate * MIB * options.seconds))
+    iterations = nbytes // case.nbytes // link.queue_pairs
+    rounds: list[Round] = []
+    for number in range(options.rounds):
+        port += 1
+        theirs = perftest.mib_per_s(case.op, link, case.nbytes, iterations, port)
+        rounds.append(Round(theirs, ours.mib_per_s(case, nbytes)))
+        turn = f"{number + 1} of {options.rounds}: perftest {theirs:.1f} MiB/s"
+        console.print(f"{case.op} {case.nbytes >> 10} KiB, {turn}, ours {rounds[-1].ours:.1f}")
+    return rounds, port + 1
 
 
 def report(
@@ -210,7 +221,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="about, of one program's turn")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64 << 10, MIB], metavar="BYTES")
-    parser.add_argument("--slice-bytes", type=int, default=64 << 10, help="our work request")
+    parser.add_argument(
+        "--slice-bytes", type=int, default=0, help="our work request; 0: as large as perftest's"
+    )
     parser.add_argument("--ours", default="rxe0", help="initiator's device")
     parser.add_argument("--theirs", default="rxe1", help="target's device, on this machine, too")
     parser.add_argument("--address", default="10.77.0.11", help="of the target's device")
