@@ -30,6 +30,8 @@ for root in sys.argv[1:]:
         parts = found.name.split(".")
         if parts[1] in {"vllm", "sglang"} or parts[-1] == "__main__":  # __main__ runs the command
             continue
+        if parts[-1].startswith("pyverbs"):  # wants the distribution's pyverbs, and says so
+            continue
         importlib.import_module(found.name)
 print(*sorted(asked))
 """
