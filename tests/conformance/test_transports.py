@@ -56,10 +56,11 @@ def test_a_transport_keeps_the_contract(check: conformance.Check, scheme: str, w
 
 
 @contextlib.contextmanager
-def pair_without_shm(length: int) -> Iterator[conformance.Pair]:
+def pair_without_shm(check: conformance.Check) -> Iterator[conformance.Pair]:
     """Segments open over shm, which is lost from the first slice on; tcp stands in."""
     lenient = msgspec.structs.replace(config("shm"), strict_transport=False)
-    with ChildTarget(lenient, length) as target, TransferEngine(lenient) as initiator:
+    kind = ChildTarget if check.needs_child else LocalTarget
+    with kind(lenient, check.length) as target, TransferEngine(lenient) as initiator:
         pair = conformance.Pair(initiator, target, target_has_a_say=True)
         lost = Faults()
         lost.lose("shm is taken away for this test")
@@ -72,7 +73,7 @@ def pair_without_shm(length: int) -> Iterator[conformance.Pair]:
     "check", [pytest.param(check, id=check.name) for check in conformance.CHECKS]
 )
 def test_a_path_that_stands_in_keeps_the_contract(check: conformance.Check) -> None:
-    with pair_without_shm(check.length) as pair:
+    with pair_without_shm(check) as pair:
         assert check.applies(pair)
         check.run(pair)
         ended_ok = {key.scheme for key in pair.initiator.statistics() if key.status is Status.OK}
