@@ -10,6 +10,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mooncake_engine.device import is_device
 from mooncake_engine.errors import LaneError, PathLost
 from mooncake_engine.transport.rdma import work
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from mooncake_engine.transport.rdma.completions import Completions
@@ -130,7 +131,7 @@ class Moving:
             self._link.shared.settle(gpus_of(self._locations))
             return
         locations = self._their_locations
-        gpus = gpus_of({locations[row] for row in set(self._cut.remote_rows.tolist())})
+        gpus = gpus_of({locations[row] for row in np.unique(self._cut.remote_rows).tolist()})
         if gpus:
             question = self._link.control.settle(gpus, self._job)
             self._await(lambda: question.answer is not None)
@@ -178,7 +179,7 @@ class Moving:
             str(own.locations[self._cut.local_rows[0]]),
             self._their_locations[int(self._cut.remote_rows[0])],
         )
-        self._locations = set(own.location_of(self._cut.local_rows).tolist())
+        self._locations = set(own.location_of(np.unique(self._cut.local_rows)).tolist())
         rails = link.rails_of(*self._location)
         if config.path_round_robin and len(rails) > 1:
             self._cut = self._cut.dealt(len(rails))
