@@ -1,0 +1,1 @@
+"""One module per transfer engine, see `mooncake_connector.bench.base`."""
