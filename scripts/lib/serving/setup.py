@@ -1,0 +1,207 @@
+"""What a benchmark run knows of servers: a set-up that can be opened, and what it then is.
+
+Nothing here tells one framework from the other. A framework's module makes `Setup`s; whoever
+measures opens one, and sends requests by the functions of the `Running` it gets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from harness.completions import Reply
+
+PAGE_SIZE = 64
+PROMPTS = (512, 2048, 4096)  # tokens; the handover is measured at each
+MAX_TOKENS = 4096 + 1024  # the longest prompt and what is generated behind it
+
+
+class SetupFailed(Exception):
+    """A set-up cannot be started here: what was tried, and what it printed.
+
+    The run goes on without it, and the text stands in the result.
+    """
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a framework's own benchmark.
+
+    Attributes:
+        requests: How many.
+        rate: Requests a second, Poisson.
+        input_tokens: Of each prompt.
+        output_tokens: Of each answer.
+        seed: Other prompts for another seed, so that no prefix cache helps.
+    """
+
+    requests: int
+    rate: float
+    input_tokens: int
+    output_tokens: int
+    seed: int
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Of one kind of latency, milliseconds."""
+
+    mean: float
+    p50: float
+    p99: float
+
+
+class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the framework's own benchmark said. `output_tokens_s`: throughput of all requests."""
+
+    output_tokens_s: float
+    ttft: Spread
+    tpot: Spread
+    itl: Spread
+
+
+class Exchange(msgspec.Struct, frozen=True, kw_only=True):
+    """One request whose two legs the client sent itself; times are monotonic seconds.
+
+    Attributes:
+        sent: Before the first byte of the first leg.
+        prefill_answered: Prefill's response was there, whole.
+        first_token: Decode's first token was there.
+        tokens: Decode's.
+    """
+
+    sent: float
+    prefill_answered: float
+    first_token: float
+    tokens: tuple[int, ...]
+
+    @property
+    def gap_s(self) -> float:
+        """What the handover is made of: less one decode step it is the handover."""
+        return self.first_token - self.prefill_answered
+
+
+class Ask(Protocol):
+    """Stream one greedy request through `Running.url`, as a user would."""
+
+    def __call__(self, prompt: list[int], max_tokens: int) -> Reply: ...
+
+
+class Hand(Protocol):
+    """Send both legs of one greedy request, to the prefill and the decode server themselves.
+
+    In the set-up's own dialect, and in the order that it wants: prefill first, or both at once.
+    """
+
+    def __call__(self, prompt: list[int], max_tokens: int) -> Exchange: ...
+
+
+class RunLoad(Protocol):
+    """Run the framework's own benchmark against `Running.url`; its files go beside `result`."""
+
+    def __call__(self, load: Load, result: Path) -> LoadFigures: ...
+
+
+class Timers(Protocol):
+    """The connector's own counts since start: name -> total, e.g. "seconds", "bytes", "batches".
+
+    The difference of two looks is what is shown; empty when the connector counts nothing.
+    """
+
+    def __call__(self) -> dict[str, float]: ...
+
+
+class Switch(Protocol):
+    """Stop all processes of a set-up between its turns (SIGSTOP), or let them go on."""
+
+    def __call__(self) -> None: ...
+
+
+def no_timers() -> dict[str, float]:
+    """Of a set-up that moves nothing, or that does not say."""
+    return {}
+
+
+def stay_up() -> None:
+    """Of a set-up that costs nothing while idle, or that must not be stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Servers that are up, warm, and idle.
+
+    Attributes:
+        url: Where requests go.
+        prefill: URLs of the prefill servers; empty for a set-up that hands nothing over.
+        decode: URLs of the decode servers.
+        metrics: URLs with a `/metrics`, where there are any.
+        ask: One request through `url`.
+        hand: One request, both legs by the client; None where nothing is handed over.
+        load: The framework's own benchmark.
+        timers: The connector's own counts.
+        pause: Called after each turn.
+        resume: Called before each turn; returns when requests can be sent.
+        facts: For the result: commands, versions.
+    """
+
+    url: str
+    prefill: tuple[str, ...] = ()
+    decode: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    ask: Ask
+    hand: Hand | None = None
+    load: RunLoad
+    timers: Timers = no_timers
+    pause: Switch = stay_up
+    resume: Switch = stay_up
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a set-up is opened: folders of the model and for its own logs, and where it reports."""
+
+    model: Path
+    logs: Path
+    console: Console
+
+
+class Open(Protocol):
+    """Start everything, wait, send the first slow request; leaving the context ends it all.
+
+    Raises:
+        SetupFailed: On entering, when a package is missing or a server does not start.
+    """
+
+    def __call__(self, place: Place) -> AbstractContextManager[Running]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One row of the table.
+
+    Attributes:
+        name: Unique, as shown: "ours 1P1D, tcp".
+        framework: "vllm", "sglang", or "url" for servers that the user runs.
+        route: "tcp" or "same host": only set-ups of one route are compared; "" moves nothing.
+        kind: "aggregated" (the reference of tokens and decode step), "regular", "ours", "peer".
+        servers: How many servers it starts, so that as many set-ups are up as memory allows.
+        pairs: Prefill servers; only set-ups with as many are compared.
+        needed: What it took to start on a CPU, in words, "" when nothing; listed with the result.
+        open: Starts it.
+    """
+
+    name: str
+    framework: str
+    route: str
+    kind: str
+    servers: int
+    pairs: int = 1
+    needed: str = ""
+    open: Open
