@@ -6,8 +6,9 @@ measures opens one, and sends requests by the functions of the `Running` it gets
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,9 +16,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from rich.console import Console
-
     from harness.completions import Reply
+    from rich.console import Console
 
 PAGE_SIZE = 64
 PROMPTS = (512, 2048, 4096)  # tokens; the handover is measured at each
@@ -87,40 +87,18 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
         return self.first_token - self.prefill_answered
 
 
-class Ask(Protocol):
-    """Stream one greedy request through `Running.url`, as a user would."""
-
-    def __call__(self, prompt: list[int], max_tokens: int) -> Reply: ...
-
-
-class Hand(Protocol):
-    """Send both legs of one greedy request, to the prefill and the decode server themselves.
-
-    In the set-up's own dialect, and in the order that it wants: prefill first, or both at once.
-    """
-
-    def __call__(self, prompt: list[int], max_tokens: int) -> Exchange: ...
-
-
-class RunLoad(Protocol):
-    """Run the framework's own benchmark against `Running.url`; its files go beside `result`."""
-
-    def __call__(self, load: Load, result: Path) -> LoadFigures: ...
-
-
-class Timers(Protocol):
-    """The connector's own counts since start: name -> total, e.g. "seconds", "bytes", "batches".
-
-    The difference of two looks is what is shown; empty when the connector counts nothing.
-    """
-
-    def __call__(self) -> dict[str, float]: ...
-
-
-class Switch(Protocol):
-    """Stop all processes of a set-up between its turns (SIGSTOP), or let them go on."""
-
-    def __call__(self) -> None: ...
+#: Stream one greedy request through `Running.url`, as a user would: prompt, tokens to generate.
+Ask = Callable[[list[int], int], "Reply"]
+#: Send both legs of one greedy request to the prefill and the decode server, in the set-up's own
+#: dialect and in the order that it wants: prefill first, or both at once.
+Hand = Callable[[list[int], int], Exchange]
+#: Run the framework's own benchmark against `Running.url`; its files go beside the given one.
+RunLoad = Callable[[Load, "Path"], LoadFigures]
+#: The connector's own counts since start, name -> total: "seconds", "bytes", "batches". The
+#: difference of two looks is what is shown.
+Timers = Callable[[], dict[str, float]]
+#: Stop all processes of a set-up between its turns (SIGSTOP), or let them go on.
+Switch = Callable[[], None]
 
 
 def no_timers() -> dict[str, float]:
@@ -172,14 +150,9 @@ class Place:
     console: Console
 
 
-class Open(Protocol):
-    """Start everything, wait, send the first slow request; leaving the context ends it all.
-
-    Raises:
-        SetupFailed: On entering, when a package is missing or a server does not start.
-    """
-
-    def __call__(self, place: Place) -> AbstractContextManager[Running]: ...
+#: Start everything, wait, send the first slow request; leaving the context ends it all. Entering
+#: raises `SetupFailed` when a package is missing or a server does not start.
+Open = Callable[[Place], "AbstractContextManager[Running]"]
 
 
 @dataclass(frozen=True, kw_only=True)
