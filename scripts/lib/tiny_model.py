@@ -50,11 +50,11 @@ def make(folder: Path) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(unfinished)
-    _tokenizer().save_pretrained(unfinished)
+    tokenizer().save_pretrained(unfinished)
     unfinished.rename(folder)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE: every byte is a token of its own, so no text is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
