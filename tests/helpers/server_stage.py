@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import http
 import http.client
 import itertools
 import json
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,13 +74,23 @@ def made(model: Path) -> Path:
 
 def until(condition: Callable[[], object], within: float, what: str) -> None:
     """As `wait_until`, for a server that may be starting: no answer is not yet."""
+    looks: list[str] = []  # what came of each and how long it took
 
     def met() -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return bool(condition())
-        return False
+        begin = time.monotonic()
+        try:
+            answer = condition()
+        except (OSError, http.client.HTTPException) as error:
+            answer = None
+            looks.append(repr(error))
+        else:
+            looks.append(f"{answer} after {time.monotonic() - begin:.2f} s")
+        return bool(answer)
 
-    wait_until(met, within, what)
+    try:
+        wait_until(met, within, what)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; {len(looks)} looks, the last: {looks[-3:]}") from None
 
 
 class LeavingClient:

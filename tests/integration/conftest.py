@@ -13,7 +13,7 @@ import pytest
 from etcd_stage import EtcdServer, Stores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from server_stage import ServerStage
 
@@ -49,6 +49,19 @@ def stores() -> Iterator[Stores]:
     opened = Stores()
     yield opened
     opened.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows how its servers' logs ended just then: nobody may see them later."""
+    report = yield
+    stage = getattr(item, "funcargs", {}).get("stage")
+    if report.failed and stage is not None:
+        for server in (stage.prefill, stage.decode):
+            report.sections.append((f"{call.when}: end of {server.log}", server.tail(15)))
+    return report
 
 
 # `session_stage` is each framework's own.
