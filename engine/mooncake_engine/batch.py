@@ -106,10 +106,10 @@ class Batch:
         self._descriptors = descriptors
         self._stop = stop
         self._on_end = on_end
-        self._lock = threading.Lock()  # guards _completion and _callbacks
+        self._lock = threading.Lock()  # guards all below
         self._completion: Completion | None = None
         self._callbacks: list[Callable[[Completion], object]] = []
-        self._ended = threading.Event()
+        self._ended: threading.Event | None = None  # for who waits; most ends are not waited for
 
     @override
     def __repr__(self) -> str:
@@ -128,9 +128,16 @@ class Batch:
         Raises:
             TimeoutError: Still running; the batch goes on.
         """
-        if not self._ended.wait(timeout) or self._completion is None:
+        end = self.poll()
+        if end is not None:
+            return end
+        with self._lock:
+            ended = self._ended = self._ended or threading.Event()
+            if self._completion is not None:
+                ended.set()
+        if not ended.wait(timeout) or (end := self.poll()) is None:
             raise TimeoutError(f"{self!r} has not ended within {timeout} s; it goes on")
-        return self._completion
+        return end
 
     def cancel(self) -> None:
         """Ask for an early end. Never waits; idempotent; no effect on an ended batch.
@@ -201,7 +208,9 @@ class Batch:
                 raise AssertionError(f"{self!r} was ended twice; second: {completion}")
             self._completion = completion
             callbacks, self._callbacks = self._callbacks, []
-        self._ended.set()
+            ended = self._ended
+        if ended is not None:
+            ended.set()
         for callback in callbacks:
             _call(callback, completion)
 

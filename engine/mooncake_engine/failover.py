@@ -51,6 +51,7 @@ class FailoverLink(Link):
         """Args: around: connects another path, or raises `PathUnavailable`; None: not permitted."""
         self.lanes = first.link.lanes
         self.slice_bytes = first.link.slice_bytes
+        self.prompt = first.link.prompt
         self._first = first
         self._detour = Detour(first.path.scheme, around)
 

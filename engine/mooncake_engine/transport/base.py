@@ -4,9 +4,9 @@ A **transport** lives once per engine. It serves this engine's registered memory
 (`endpoint()` is what they need to know) and opens links to peers (`connect`).
 
 A **link** reaches one peer. It says how many **lanes** it can use; a lane moves one slice at a
-time and belongs to one worker thread (`mooncake_engine.worker`), which calls `move` and nothing
-else. So a transport with blocking calls (sockets, process_vm_readv) writes no thread for the
-initiating side at all.
+time for one thread at a time, a worker's (`mooncake_engine.worker`) or that of a caller who waits
+anyway, which calls `move` and nothing else. So a transport with blocking calls (sockets,
+process_vm_readv) writes no thread for the initiating side at all.
 
 What every transport must keep, checked by `mooncake_engine.testing.conformance`:
 
@@ -55,7 +55,7 @@ class Capabilities(msgspec.Struct, frozen=True):
 
 
 class Lane(abc.ABC):
-    """Moves one slice at a time. One worker thread calls `move`; any thread may `interrupt`."""
+    """Moves one slice at a time. One thread at a time calls `move`; any may `interrupt`."""
 
     #: How the slice last moved went, when not by its link's own path (`mooncake_engine.failover`).
     path: Path | None = None
@@ -89,6 +89,9 @@ class Link(abc.ABC):
     lanes: int = 1
     #: Largest slice a lane should be handed, in bytes.
     slice_bytes: int = 8 << 20
+    #: Whether `move` takes no longer than copying does, whatever the peer's threads do. A small
+    #: batch is then moved in `submit`.
+    prompt: bool = False
 
     @abc.abstractmethod
     def open_lane(self) -> Lane:

@@ -63,6 +63,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 class ShmLink(Link):
     """One peer of this machine. Its lanes are threads of copying; they share no wire."""
 
+    prompt = True
+
     def __init__(
         self, peer: str, lanes: int, way: Callable[[], Way], reader: ArenaReader | None
     ) -> None:
