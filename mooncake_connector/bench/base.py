@@ -34,7 +34,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         backend: Name of its module in `mooncake_connector.bench.backends`.
         name: As shown in tables, unique: "NIXL tcp, no progress thread".
-        options: What its sides are told.
+        options: What its sides are told; `host`, the address by which the other side reaches this
+            one, is added where it is not given.
         environment: Variables of both processes.
         is_limit: It is no engine but what the machine can do.
     """
@@ -99,6 +100,10 @@ class Initiator(abc.ABC):
 
         Called once by each thread that measures, on that thread. Returns a function that moves
         the bytes once and returns when all are in place, or raises `BackendFailed`.
+
+        The function may have two attributes: `many(count)` moves them so many times and returns
+        the seconds of each run as float64 (a loop in C that takes the time itself); `close()`,
+        called on the same thread, gives back what was prepared.
         """
 
     @abc.abstractmethod
