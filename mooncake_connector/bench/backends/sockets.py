@@ -1,0 +1,273 @@
+"""The limit of TCP: loops in C that scatter and gather over 1, 2 or 4 blocking sockets.
+
+Both ends know the list before the first run, so a run is an 8-byte request and the bytes, up to
+1024 runs in each sendmsg or recvmsg (MSG_WAITALL); a write is acknowledged by 8 bytes. The bytes
+are shared out evenly over the streams, one thread at each end of each. It allocates nothing, checks
+nothing and carries no list: an engine has all that on top. Python only sets the sockets up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import socket
+import struct
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+import numpy as np
+from typing_extensions import override
+
+from mooncake_connector.bench import base, compiled
+from mooncake_connector.bench.base import BackendFailed, Route, Transfer, Variant
+from mooncake_connector.bench.limits import (
+    PreparedRun,
+    address_of,
+    check_bounds,
+    iovecs,
+    joined,
+    split,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    Uint64s = NDArray[np.uint64]
+
+logger = logging.getLogger(__name__)
+missing = compiled.missing
+
+MAGIC = 0x4C494D49  # not to be taken for another program's first words
+HELLO = struct.Struct("<IIQQ")  # magic, write?, rows, spin in ns
+READY = b"\0" * 8
+TIMEOUT_S = 30  # without a byte, at the initiator; an idle target waits
+TIMEOUT = struct.pack("@ll", TIMEOUT_S, 0)
+
+
+def variants(route: Route) -> tuple[Variant, ...]:
+    """1, 2 and 4 streams that wait at once, and one that first looks for 50 us, as engines do."""
+    if route is not Route.TCP:
+        return ()
+    waiting = [
+        _variant(f"C sockets, {streams} stream{'s' if streams > 1 else ''}", streams, 0)
+        for streams in (1, 2, 4)
+    ]
+    return (*waiting, _variant("C sockets, 1 stream, spins 50 us", 1, 50))
+
+
+def _variant(name: str, streams: int, spin_us: int) -> Variant:
+    options = {"streams": str(streams), "spin_us": str(spin_us)}
+    return Variant(backend="sockets", name=name, route=Route.TCP, options=options, is_limit=True)
+
+
+class _Stream(ctypes.Structure):
+    """`struct stream` of streams.c."""
+
+    _fields_ = (
+        ("runs", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+        ("fd", ctypes.c_int32),
+        ("write", ctypes.c_int32),
+        ("spin_ns", ctypes.c_int64),
+    )
+
+
+class _Half:
+    """One end of one connection: its list, and the word that asks and acknowledges."""
+
+    def __init__(
+        self, sock: socket.socket, bases: Uint64s, lengths: Uint64s, write: bool, spin_ns: int
+    ) -> None:
+        bases, lengths = joined(bases, lengths)
+        self.sock = sock
+        self._word = np.zeros(1, np.uint64)
+        self._runs = iovecs(
+            np.insert(bases, 0, address_of(self._word)), np.insert(lengths, 0, self._word.nbytes)
+        )
+        self.part = _Stream(address_of(self._runs), bases.size, sock.fileno(), write, spin_ns)
+
+
+class Target(base.Target):
+    """Accepts; a thread for each connection, in C from its list's arrival to its end."""
+
+    def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
+        """Listen on the address in `options`, or on this machine's loopback."""
+        compiled.library()  # its errors come here and not in a thread
+        self._memory = memory
+        host = options.get("host", "127.0.0.1")
+        self._lock = threading.Lock()  # guards _open and _closed
+        self._open: set[socket.socket] = set()
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        try:
+            self._listener = socket.create_server((host, 0))
+        except OSError as failure:
+            raise BackendFailed(f"cannot listen on {host}: {failure}; set host") from failure
+        self._start(self._accept)
+
+    @override
+    def address(self) -> dict[str, str]:
+        host, port = self._listener.getsockname()[:2]
+        return {"host": host, "port": str(port), "size": str(self._memory.size)}
+
+    @override
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for sock in (self._listener, *self._open):
+                with contextlib.suppress(OSError):  # the other end was faster
+                    sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self._listener.close()
+
+    def _start(self, run: object, *arguments: object) -> None:
+        thread = threading.Thread(target=run, args=arguments, daemon=True)  # type: ignore[arg-type]  # a bound method
+        self._threads = [each for each in self._threads if each.is_alive() or not each.ident]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            with self._lock:
+                if self._closed:
+                    sock.close()
+                    return
+                self._open.add(sock)
+            self._start(self._serve, sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            _configure(sock)
+            half = self._greet(sock)
+            sock.sendall(READY)
+            if code := compiled.library().limits_serve(ctypes.addressof(half.part)):
+                logger.warning("an initiator's connection ended: %s", os.strerror(-code))
+        except (OSError, EOFError, BackendFailed) as failure:
+            if not self._closed:
+                logger.warning("an initiator is not served: %s", failure)
+        finally:
+            with self._lock:
+                self._open.discard(sock)
+                sock.close()
+
+    def _greet(self, sock: socket.socket) -> _Half:
+        magic, write, rows, spin_ns = HELLO.unpack(_exactly(sock, HELLO.size))
+        if magic != MAGIC or rows > self._memory.size:
+            raise BackendFailed("another program has our port")
+        offsets, lengths = np.frombuffer(_exactly(sock, 16 * rows), np.uint64).reshape(2, rows)
+        check_bounds(offsets, lengths, self._memory.size, "target")
+        return _Half(
+            sock, offsets + np.uint64(address_of(self._memory)), lengths, bool(write), spin_ns
+        )
+
+
+class Initiator(base.Initiator):
+    """Opens its streams anew for each prepared run."""
+
+    def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
+        """Args: options: "streams", and "spin_us" to look for bytes before waiting for them."""
+        self._memory = memory
+        self._streams = int(options["streams"])
+        self._spin_ns = int(options.get("spin_us", "0")) * 1000
+        self._address = ("", 0)
+        self._size = 0
+        self._spare: socket.socket | None = None
+        self._prepared: weakref.WeakSet[PreparedRun] = weakref.WeakSet()
+
+    @override
+    def connect(self, address: Mapping[str, str]) -> None:
+        self._address = (address["host"], int(address["port"]))
+        self._size = int(address["size"])
+        self._spare = self._dial()  # the first prepared run's first stream
+
+    @override
+    def prepare(self, transfer: Transfer) -> PreparedRun:
+        check_bounds(transfer.local, transfer.lengths, self._memory.size, "initiator")
+        check_bounds(transfer.remote, transfer.lengths, self._size, "target")
+        halves: list[_Half] = []
+
+        def release() -> None:
+            for half in halves:
+                half.sock.close()
+
+        try:
+            halves.extend(map(self._open, split(transfer, self._streams)))
+        except BaseException:
+            release()
+            raise
+
+        def describe(error: OSError) -> str:
+            return (
+                f"{transfer.op} of {transfer.nbytes} bytes over {len(halves)} stream(s) with "
+                f"{self._where} failed: {error}; does the target live? It is given up after "
+                f"{TIMEOUT_S} s without a byte"
+            )
+
+        run = PreparedRun("limits_ask", [half.part for half in halves], describe, release)
+        self._prepared.add(run)
+        return run
+
+    @override
+    def close(self) -> None:
+        for run in self._prepared:
+            run.close()
+        if self._spare is not None:
+            self._spare.close()
+
+    @property
+    def _where(self) -> str:
+        return "{}:{}".format(*self._address)
+
+    def _dial(self) -> socket.socket:
+        try:
+            return socket.create_connection(self._address, TIMEOUT_S)
+        except OSError as failure:
+            raise BackendFailed(
+                f"cannot connect to the target at {self._where}: {failure}; is it running?"
+            ) from failure
+
+    def _open(self, part: Transfer) -> _Half:
+        write = part.op == "write"
+        base_address = np.uint64(address_of(self._memory))
+        sock, self._spare = self._spare or self._dial(), None
+        try:
+            _configure(sock)
+            sock.sendall(HELLO.pack(MAGIC, write, part.lengths.size, self._spin_ns))
+            sock.sendall(part.remote.tobytes() + part.lengths.tobytes())
+            _exactly(sock, len(READY))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEOUT)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEOUT)
+        except (OSError, EOFError) as failure:
+            sock.close()
+            raise BackendFailed(
+                f"the target at {self._where} did not take the list of {part.lengths.size} runs: "
+                f"{failure}; its log says why"
+            ) from failure
+        return _Half(sock, part.local + base_address, part.lengths, write, self._spin_ns)
+
+
+def _configure(sock: socket.socket) -> None:
+    """Blocking, as the C loops want it, and nothing held back."""
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        if not (count := sock.recv_into(view)):
+            raise EOFError("it closed the connection")
+        view = view[count:]
+    return bytes(data)
