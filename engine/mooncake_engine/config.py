@@ -48,6 +48,7 @@ class TcpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_served_lanes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
     slice_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 8 << 20
     send_timeout_s: Seconds = 10.0  # a reader that stopped taking bytes loses its lane
+    native: bool = True  # the loops in C, where they were built; false: their Python twins
 
 
 class ShmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -32,6 +32,8 @@ for root in sys.argv[1:]:
             continue
         if parts[-1].startswith("pyverbs"):  # wants the distribution's pyverbs, and says so
             continue
+        if parts[-1] == "_loops":  # plain C, loaded by ctypes: no module
+            continue
         importlib.import_module(found.name)
 print(*sorted(asked))
 """

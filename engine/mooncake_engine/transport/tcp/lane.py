@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from mooncake_engine.errors import LaneError
-from mooncake_engine.iovec import iovecs
 from mooncake_engine.transport.base import Lane
 from mooncake_engine.transport.tcp import wire
+from mooncake_engine.transport.tcp.exchange import exchange_over
 from mooncake_engine.transport.tcp.failures import explain
-from mooncake_engine.transport.tcp.stream import DeadlinePassed, buffer_of, framed
-from mooncake_engine.types import Op, Status
+from mooncake_engine.transport.tcp.stream import DeadlinePassed
+from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
+    from mooncake_engine.native import Library
     from mooncake_engine.transport.tcp.dialer import Dialer
     from mooncake_engine.types import Slice
 
@@ -25,15 +26,17 @@ if TYPE_CHECKING:
 class TcpLane(Lane):
     """One connection; after anything but OK or REFUSED it is spent."""
 
-    def __init__(self, dialer: Dialer) -> None:
-        """Connect and greet. Raises `LaneError`."""
+    def __init__(self, dialer: Dialer, library: Library | None) -> None:
+        """Connect and greet; `library`: move with its loop. Raises `LaneError`."""
         self._dialer = dialer
+        self._library = library
         self._stream = dialer.connect()
         self._lock = threading.Lock()  # guards _interrupted and the change of _stream
         self._interrupted = False
         self._request_ids = itertools.count(1)
         self._spent = ""
         try:
+            self._exchange = exchange_over(self._stream, library)
             dialer.greet(self._stream)
         except BaseException:
             self._stream.close()
@@ -44,7 +47,7 @@ class TcpLane(Lane):
         self._check(piece, deadline)
         try:
             try:
-                refusal = self._exchange(piece, deadline)
+                refusal = self._ask(piece, deadline)
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 # The peer hung up. That is its death, or the end of a grant: of this slice's, or
                 # of the last slice's, whose bytes were here before its thread had noticed. Asking
@@ -52,7 +55,7 @@ class TcpLane(Lane):
                 if self._interrupted:
                     raise
                 self._reopen()
-                refusal = self._exchange(piece, deadline)
+                refusal = self._ask(piece, deadline)
         except (OSError, EOFError, DeadlinePassed, wire.Malformed, LaneError) as failure:
             # Nobody knows where the next frame starts; what still arrives must find no lane.
             self._stream.shutdown()
@@ -61,6 +64,10 @@ class TcpLane(Lane):
                 status, reason = Status.CANCELLED, "the lane was interrupted"
             self._spent = reason
             raise self._error(status, piece, reason) from failure
+        except BaseException:  # Ctrl-C, where the caller's own thread moves the slice
+            self._stream.shutdown()
+            self._spent = "the thread that used it was interrupted"
+            raise
         if refusal:
             raise self._error(Status.REFUSED, piece, f"the peer refused: {refusal}")
 
@@ -95,23 +102,8 @@ class TcpLane(Lane):
         if time.monotonic() >= deadline:
             raise self._error(Status.TIMED_OUT, piece, "its deadline passed before a lane was free")
 
-    def _exchange(self, piece: Slice, deadline: float) -> str:
-        """Ask for the slice and move it; the reason when the target refused, else empty."""
-        request_id = next(self._request_ids)
-        request = wire.pack_request(piece, request_id)
-        if piece.op is Op.READ:
-            self._stream.send_bytes(request, deadline)
-        else:
-            head = buffer_of(request)
-            runs = framed(head, piece.local, piece.lengths)
-            self._stream.send(runs, len(request) + piece.nbytes, deadline)
-        header = self._stream.receive_bytes(wire.ANSWER.size, deadline)
-        status, reason_size = wire.unpack_answer(header, request_id)
-        if status is not Status.OK:
-            return self._stream.receive_bytes(reason_size, deadline).decode(errors="replace")
-        if piece.op is Op.READ:
-            self._stream.receive(iovecs(piece.local, piece.lengths), piece.nbytes, deadline)
-        return ""
+    def _ask(self, piece: Slice, deadline: float) -> str:
+        return self._exchange.move(piece, next(self._request_ids), deadline)
 
     def _reopen(self) -> None:
         # Not interruptible, but its kernel answered just now; the greeting is.
@@ -121,6 +113,7 @@ class TcpLane(Lane):
             if self._interrupted:
                 stream.shutdown()
         old.close()
+        self._exchange = exchange_over(stream, self._library)
         self._dialer.greet(stream)
 
     def _error(self, status: Status, piece: Slice, reason: str) -> LaneError:

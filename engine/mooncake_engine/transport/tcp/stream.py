@@ -62,6 +62,19 @@ class Stream:
         # Between close and shutdown: else the shutdown might meet a new file of the same number.
         self._open = threading.Lock()
 
+    def fileno(self) -> int:
+        """The descriptor, for calls that end before `close`."""
+        return self._fd
+
+    def arm(self, deadline: float) -> None:
+        """Make blocking calls in both directions come back to look at the clock.
+
+        Raises:
+            DeadlinePassed: It has.
+        """
+        for option in (_RECEIVE, _SEND):
+            self._arm(option, deadline)
+
     def set_timeouts(self, seconds: float) -> None:
         """How long a call without deadline may wait without a byte moving."""
         for option in (_RECEIVE, _SEND):

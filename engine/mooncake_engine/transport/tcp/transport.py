@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
 from typing_extensions import override
 
-from mooncake_engine import hosts
+from mooncake_engine import hosts, native
 from mooncake_engine.errors import LaneError, PathUnavailable
 from mooncake_engine.transport import sockets
 from mooncake_engine.transport.base import Capabilities, Lane, Link, Transport
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from mooncake_engine.config import EngineConfig
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
+    from mooncake_engine.native import Library
     from mooncake_engine.types import SegmentRecord
+
+_log = logging.getLogger(__name__)
 
 
 class TcpEndpoint(msgspec.Struct, frozen=True):
@@ -35,17 +39,18 @@ class TcpEndpoint(msgspec.Struct, frozen=True):
 class TcpLink(Link):
     """One peer, reached over TCP."""
 
-    def __init__(self, config: EngineConfig, dialer: Dialer) -> None:
+    def __init__(self, config: EngineConfig, dialer: Dialer, library: Library | None) -> None:
         """Open the first lane, which proves that the peer is there. Raises `LaneError`."""
         self.lanes = config.tcp.lanes_per_peer
         self.slice_bytes = config.tcp.slice_bytes
         self._dialer = dialer
+        self._library = library
         self._lock = threading.Lock()  # guards _first
-        self._first: Lane | None = TcpLane(dialer)
+        self._first: Lane | None = TcpLane(dialer, library)
 
     @override
     def open_lane(self) -> Lane:
-        return self._take_first() or TcpLane(self._dialer)
+        return self._take_first() or TcpLane(self._dialer, self._library)
 
     @override
     def close(self) -> None:
@@ -79,6 +84,7 @@ class TcpTransport(Transport):
         listener = sockets.listen(bind, tcp.min_port, tcp.max_port)
         port: int = listener.getsockname()[1]
         host = config.host or (hosts.default_address() if hosts.is_wildcard(bind) else bind)
+        self._library = _library(use=tcp.native)
         self._endpoint = TcpEndpoint(host, port, wire.VERSION)
         self._server = Server(listener, config, regions, grants, incarnation)
 
@@ -106,10 +112,22 @@ class TcpTransport(Transport):
             timeout_s=self.config.connect_timeout_s,
         )
         try:
-            return TcpLink(self.config, dialer)
+            return TcpLink(self.config, dialer, self._library)
         except LaneError as failure:
             raise PathUnavailable(str(failure)) from failure
 
     @override
     def close(self) -> None:
         self._server.close()
+
+
+def _library(*, use: bool) -> Library | None:
+    """The native loops, or the log's word on why not."""
+    if not use:
+        _log.info("tcp is moved by Python: tcp.native is off")
+        return None
+    try:
+        return native.library()
+    except native.Unavailable as why:
+        _log.info("tcp is moved by Python, slower beside a busy interpreter: %s", why)
+        return None

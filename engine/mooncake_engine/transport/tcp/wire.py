@@ -112,11 +112,16 @@ def unpack_welcome(data: bytes) -> Welcome:
         raise Malformed(f"it answered with verdict {verdict}, unknown here") from unknown
 
 
-def pack_request(piece: Slice, request_id: int) -> bytes:
-    """Header, addresses, lengths and grant of one slice."""
-    header = REQUEST.pack(
+def pack_header(piece: Slice, request_id: int) -> bytes:
+    """Header of one slice's request; addresses, lengths and grant follow it."""
+    return REQUEST.pack(
         _OP_CODES[piece.op], len(piece.grant), piece.remote.size, piece.nbytes, request_id
     )
+
+
+def pack_request(piece: Slice, request_id: int) -> bytes:
+    """Header, addresses, lengths and grant of one slice."""
+    header = pack_header(piece, request_id)
     return b"".join((header, piece.remote.tobytes(), piece.lengths.tobytes(), piece.grant))
 
 

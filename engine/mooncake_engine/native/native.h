@@ -1,0 +1,64 @@
+/* What the files of this library share. Python's side of it is __init__.py in this folder.
+ *
+ * Plain C without Python.h: one binary serves every Python, and ctypes decides whether a call holds
+ * the interpreter lock (PyDLL) or not (CDLL). Nothing here touches a Python object. */
+
+#ifndef MOONCAKE_NATIVE_H
+#define MOONCAKE_NATIVE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || __SIZEOF_POINTER__ != 8
+#error "frames are little-endian and addresses have 64 bits; the Python twin serves other machines"
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Raise it with every change of what Python calls: a library of another number is not used. */
+#define MOONCAKE_ABI 1
+
+/* How a call ended. Other negative numbers are -errno. The numbers are repeated in __init__.py. */
+enum outcome {
+    DONE = 0,
+    AGAIN = 1,   /* it would block, its time-out passed, or a signal came: look, then go on */
+    ENDED = 2,   /* the peer closed, or somebody shut the socket down */
+    HANDED = 3,  /* what arrived is Python's to judge; nothing of it was acted on */
+};
+
+enum {
+    MOST_RUNS = 1024,    /* IOV_MAX: what the kernel takes in one call */
+    HEADER_BYTES = 24,   /* wire.py, REQUEST */
+    ANSWER_BYTES = 16,   /* wire.py, ANSWER */
+};
+
+/* cursor.c: iovecs that a socket call may move in part. */
+struct cursor {
+    struct iovec *at; /* the first that is not done */
+    size_t count;
+    uint64_t left;    /* bytes */
+};
+
+struct cursor cursor_over(struct iovec *runs, size_t count, uint64_t bytes);
+void fill_runs(struct iovec *into, const uint64_t *addresses, const uint64_t *lengths, size_t count);
+
+/* One socket call, `flags` added to those that every call has. Bytes moved; 0: the end of the
+ * stream (receiving); -errno. */
+int64_t receive_once(int fd, struct cursor *into, int flags);
+int64_t send_once(int fd, struct cursor *from, int flags);
+
+/* spin.c: whether to look for bytes for a moment before sleeping until they come. */
+enum { SPIN_NS = 50000 }; /* the longest look: a wake-up costs 21 us, a time slice is 3 ms */
+
+struct spin {
+    uint32_t skip;  /* so many chances are left out before the next try */
+    uint32_t step;  /* how many were left out the last time */
+};
+
+/* As receive_once, without blocking: looks for bytes for up to `budget` ns, and takes what it took
+ * from that. -EAGAIN: none came, or it was not worth looking. */
+int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t *budget);
+
+#endif
