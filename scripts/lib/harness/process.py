@@ -30,6 +30,7 @@ class Child:
     ) -> None:
         """Start `command`; `env` is added to this process' environment."""
         self.name = name
+        self.command = tuple(command)
         self.log = log
         self.started = time.monotonic()
         with log.open("wb") as output:

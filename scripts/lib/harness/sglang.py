@@ -75,6 +75,8 @@ class SGLangServers(Servers):
         port: int = 0,
         bootstrap_port: int = 0,
         flags: Sequence[str] = (),
+        backend: str = BACKEND,
+        launcher: Sequence[str] = (),
     ) -> SGLangServer:
         """Start one SGLang server and return at once.
 
@@ -85,18 +87,21 @@ class SGLangServers(Servers):
             name: For its log and for messages; default: the role.
             port: 0 takes any.
             bootstrap_port: Ditto.
-            flags: More command line.
+            flags: More command line; a flag that is given twice has its last value.
+            backend: `--disaggregation-transfer-backend`; `etcd` and `settings` are for ours only.
+            launcher: What starts SGLang in place of `python -m sglang.launch_server`.
         """
         name = name or role
         port = port or free_port()
-        command = [sys.executable, "-m", "sglang.launch_server"]
+        command = [*launcher] or [sys.executable, "-m", "sglang.launch_server"]
         command += ["--model-path", str(self._model), "--host", HOST, "--port", str(port)]
         command += [*SGLANG_FLAGS, *ROLE_FLAGS[role], *flags]
         environment = dict(SGLANG_ENVIRONMENT)
         bootstrap_port = bootstrap_port or free_port()
         if role != "aggregated":
-            command += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", BACKEND]
+            command += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", backend]
             command += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
+        if role != "aggregated" and backend == BACKEND:
             config = self._logs / f"{name}.json"
             config.write_bytes(msgspec.json.encode(_settings(etcd, settings or {})))
             environment["MOONCAKE_CONFIG_PATH"] = str(config)
@@ -114,9 +119,16 @@ class SGLangServers(Servers):
 
     def router(self, prefill: SGLangServer, decode: SGLangServer) -> Server:
         """Start SGLang's own router in front of a pair that is ready; returns at once."""
+        pair = ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
+        return self._route(["--pd-disaggregation", *pair])
+
+    def balancer(self, *servers: SGLangServer) -> Server:
+        """Ditto in front of regular servers that are ready, which take turns."""
+        return self._route(["--worker-urls", *(server.url for server in servers)])
+
+    def _route(self, what: Sequence[str]) -> Server:
         port = free_port()
-        command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
-        command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
+        command = [sys.executable, "-m", "sglang_router.launch_router", *what]
         command += ["--host", HOST, "--port", str(port), "--policy", "round_robin"]
         command += ["--prometheus-port", str(free_port()), "--prometheus-host", HOST]
         # Its /health is good before it has looked at the servers.

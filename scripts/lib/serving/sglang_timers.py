@@ -1,0 +1,85 @@
+"""What SGLang's servers say about their transfers on `/metrics`.
+
+Two views. Our connector's: reads, from submit to last byte, counted by decode. SGLang's, on prefill
+and for every backend: from the first page named to the last taken away (`kv_transfer_latency_ms`),
+and of that what is left when the last chunk has been computed (a request's stage
+`prefill_transfer_kv_cache`), which is what it waits for.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from harness.servers import get
+from harness.transfers import PREFIX
+from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from serving.setup import Timers
+
+# Our nodes tell their counts every second; the files behind /metrics are then read one by one.
+SETTLED_S = 1.2
+SETTLE_WITHIN_S = 10.0
+
+OF_DECODE = {
+    f"{PREFIX}transfer_seconds_sum": ("seconds", 1.0),
+    f"{PREFIX}transfer_bytes_sum": ("bytes", 1.0),
+    f"{PREFIX}transfer_seconds_count": ("batches", 1.0),
+    f"{PREFIX}transfer_descriptors_sum": ("descriptors", 1.0),
+    f"{PREFIX}transfer_runs_sum": ("runs", 1.0),
+}
+OF_PREFILL = {
+    "sglang:kv_transfer_latency_ms_sum": ("sglang_seconds", 1e-3),
+    "sglang:kv_transfer_total_mb_sum": ("sglang_bytes", 2.0**20),
+    "sglang:kv_transfer_latency_ms_count": ("sglang_requests", 1.0),
+    "sglang:per_stage_req_latency_seconds_sum": ("exposed_seconds", 1.0),
+    "sglang:per_stage_req_latency_seconds_count": ("exposed_requests", 1.0),
+}
+EXPOSED_STAGE = "prefill_transfer_kv_cache"
+
+
+def timing(prefill: str, decode: str) -> Timers:
+    """Totals of one pair since its start, when they have settled; takes a second or two.
+
+    Raises:
+        OSError: A server does not answer.
+    """
+
+    def look() -> dict[str, float]:
+        pages = [get(url, "/metrics", timeout_s=30)[1] for url in (prefill, decode)]
+        return totals(pages[0], OF_PREFILL) | totals(pages[1], OF_DECODE)
+
+    return lambda: settled(look)
+
+
+def totals(page: str, wanted: dict[str, tuple[str, float]]) -> dict[str, float]:
+    """The wanted sums of one `/metrics` page by our names, 0 where the page has none."""
+    found = {name: 0.0 for name, _ in wanted.values()}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.labels.get("stage", EXPOSED_STAGE) != EXPOSED_STAGE:
+                continue
+            if sample.name in wanted:
+                name, factor = wanted[sample.name]
+                found[name] += sample.value * factor
+    return found
+
+
+def settled(
+    look: Callable[[], dict[str, float]],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, float]:
+    """What two looks a while apart agree on, or the last one after ten seconds."""
+    deadline = clock() + SETTLE_WITHIN_S
+    last = look()
+    while clock() < deadline:
+        sleep(SETTLED_S)
+        now = look()
+        if now == last:
+            break
+        last = now
+    return last
