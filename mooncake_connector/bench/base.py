@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from numpy.typing import NDArray
 
 
 class Route(enum.StrEnum):
@@ -38,6 +37,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
             one, is added where it is not given.
         environment: Variables of both processes.
         is_limit: It is no engine but what the machine can do.
+        moves_bytes: False: it measures with buffers of its own, so that there is nothing to check.
     """
 
     backend: str
@@ -46,6 +46,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, str] = {}
     environment: dict[str, str] = {}
     is_limit: bool = False
+    moves_bytes: bool = True
 
 
 class Transfer(msgspec.Struct, frozen=True):
@@ -72,7 +73,9 @@ class Transfer(msgspec.Struct, frozen=True):
 class Target(abc.ABC):
     """The side whose memory is read or written. Serves from its making until `close`."""
 
-    def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
+    def __init__(  # noqa: B027 - what every side is made with; it has nothing to do here
+        self, memory: NDArray[np.uint8], options: Mapping[str, str]
+    ) -> None:
         """Start the engine and register `memory`, page aligned; the caller keeps it alive."""
 
     @abc.abstractmethod
@@ -87,7 +90,9 @@ class Target(abc.ABC):
 class Initiator(abc.ABC):
     """The side that asks."""
 
-    def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
+    def __init__(  # noqa: B027 - what every side is made with; it has nothing to do here
+        self, memory: NDArray[np.uint8], options: Mapping[str, str]
+    ) -> None:
         """Start the engine and register `memory`; the target is not known yet."""
 
     @abc.abstractmethod
@@ -118,12 +123,14 @@ class BackendFailed(Exception):
 class Backend(Protocol):
     """What a module in `backends` holds."""
 
-    #: Why it cannot run here and what to install, as one sentence; empty: it can. Cheap: looks
-    #: for the package or program, starts nothing.
-    def missing(self) -> str: ...
+    def missing(self) -> str:
+        """Why it cannot run here and what to install, as one sentence; empty: it can.
 
-    #: All ways to run it over this route, its best settings and its defaults. Empty: none.
-    def variants(self, route: Route) -> tuple[Variant, ...]: ...
+        Cheap: looks for the package or program, starts nothing.
+        """
+
+    def variants(self, route: Route) -> tuple[Variant, ...]:
+        """All ways to run it over this route, its best settings and its defaults. Empty: none."""
 
     Target: type[Target]
     Initiator: type[Initiator]
