@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from serving.setup import Hand, Place, Timers
 
-# Four of the longest requests at once; a page is not touched, so takes no memory, before its use.
-POOL_TOKENS = 4 * (MAX_TOKENS + 512)  # decode keeps 512 more free for each
+# Three of the longest requests at once: 1 GiB a server, all of it in memory from the start.
+POOL_TOKENS = 3 * (MAX_TOKENS + 512)  # decode keeps 512 more free for each
 WARM_TOKENS = 2 * PAGE_SIZE + 6
 # Mooncake's wheel lies in a thin environment on top of SGLang's, so that our servers cannot see it.
 PEERS = Path(sys.prefix).with_name(".venv-sglang-peers") / "bin" / "python"

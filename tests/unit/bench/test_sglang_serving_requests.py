@@ -1,0 +1,82 @@
+"""Both legs of a request, to real HTTP servers that answer as SGLang's do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+from harness.completions import CompletionFailed
+from serving.sglang_requests import asking, handing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TIMEOUT_S = 20.0
+
+
+class Leg(BaseHTTPRequestHandler):
+    """One server of a pair; its first token waits for the other server's request, as SGLang's."""
+
+    tokens: ClassVar[tuple[int, ...]] = ()
+    met: ClassVar[threading.Barrier]
+    asked: ClassVar[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        kind = type(self)
+        kind.asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        kind.met.wait(TIMEOUT_S)
+        self.send_response(200 if self.tokens else 500)
+        self.end_headers()
+        for number in range(1, len(self.tokens) + 1):
+            end = {"type": "length"} if number == len(self.tokens) else None
+            event = {"output_ids": self.tokens[:number], "meta_info": {"finish_reason": end}}
+            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+    def log_message(self, *_: object) -> None:
+        """Keep pytest's output readable."""
+
+
+@contextlib.contextmanager
+def serving(*tokens: int, met: threading.Barrier) -> Iterator[tuple[str, type[Leg]]]:
+    kind = type("ThisLeg", (Leg,), {"tokens": tokens, "met": met})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}", kind
+        listening.shutdown()
+        thread.join()
+
+
+def test_both_legs_are_under_way_at_once_and_name_the_same_room() -> None:
+    met = threading.Barrier(2)  # breaks when one leg waits for the other's answer
+    with serving(7, met=met) as (prefill, first), serving(7, 8, 9, met=met) as (decode, second):
+        exchange = handing(prefill, 8998, decode)([1, 2, 3], 3)
+        again = handing(prefill, 8998, decode)
+        room = first.asked["bootstrap_room"]
+        assert room == second.asked["bootstrap_room"] > 0
+        assert (first.asked["bootstrap_host"], first.asked["bootstrap_port"]) == ("127.0.0.1", 8998)
+        assert first.asked["input_ids"] == second.asked["input_ids"] == [1, 2, 3]
+        assert exchange.tokens == (7, 8, 9)
+        assert exchange.sent < min(exchange.prefill_answered, exchange.first_token)
+        again([1], 1)
+        assert first.asked["bootstrap_room"] != room
+
+
+def test_a_leg_that_fails_fails_the_exchange() -> None:
+    met = threading.Barrier(2)
+    with (
+        serving(met=met) as (prefill, _),
+        serving(7, 8, met=met) as (decode, _),
+        pytest.raises(CompletionFailed, match="HTTP 500"),
+    ):
+        handing(prefill, 8998, decode)([1, 2, 3], 2)
+
+
+def test_a_request_through_the_router_names_no_room() -> None:
+    with serving(5, 6, met=threading.Barrier(1)) as (url, leg):
+        assert asking(url)([1, 2], 2).tokens == (5, 6)
+        assert "bootstrap_room" not in leg.asked
