@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mooncake_connector.bench.base import Transfer
 
 # The log of a side is read by people: connection pools tell of each connection at INFO.
-_TCP = {"MC_FORCE_TCP": "1", "MC_TCP_BIND_ADDRESS": "127.0.0.1", "MC_LOG_LEVEL": "WARNING"}
+_TCP = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "WARNING"}
 _POOL = {"MC_TCP_ENABLE_CONNECTION_POOL": "1"}
 # The engine reads the first for RDMA and, in 0.3.13, the second for TCP; older wheels know one.
 _SLICES = {"MC_SLICE_SIZE": str(1 << 20), "MC_TCP_SLICE_SIZE": str(1 << 20)}
@@ -56,7 +56,7 @@ def variants(route: Route) -> tuple[Variant, ...]:
     )
 
 
-def _engine(memory: NDArray[np.uint8]) -> Any:  # noqa: ANN401  # a compiled module without types
+def _engine(memory: NDArray[np.uint8], host: str) -> Any:  # noqa: ANN401  # a compiled module without types
     try:
         from mooncake.engine import TransferEngine
     except ImportError as error:
@@ -65,7 +65,7 @@ def _engine(memory: NDArray[np.uint8]) -> Any:  # noqa: ANN401  # a compiled mod
             f"mooncake-transfer-engine-non-cuda does not"
         ) from error
     engine = TransferEngine()
-    if status := engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", ""):
+    if status := engine.initialize(host, "P2PHANDSHAKE", "tcp", ""):
         raise BackendFailed(f"Mooncake's engine did not start: initialize returned {status}")
     if status := engine.register_memory(memory.ctypes.data, memory.nbytes):
         raise BackendFailed(
@@ -80,7 +80,8 @@ class _Side:
     def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
         self._memory = memory
         self._merge = "merge" in options
-        self._engine = _engine(memory)
+        self._host = options.get("host", "127.0.0.1")
+        self._engine = _engine(memory, self._host)
 
     def close(self) -> None:
         """Take the memory back; the engine ends with its process, it has no call for it."""
@@ -95,7 +96,7 @@ class Target(_Side, base.Target):
     @override
     def address(self) -> dict[str, str]:
         return {
-            "session": f"127.0.0.1:{self._engine.get_rpc_port()}",
+            "session": f"{self._host}:{self._engine.get_rpc_port()}",
             "memory": str(self._memory.ctypes.data),
         }
 
