@@ -134,10 +134,30 @@ pyverbs_environment() {
     pip_install "$1" --no-deps -e .
 }
 
+# Peers' packages that are measured beside ours lie on top of a framework's environment: a few
+# dozen MB in place of 5 GB more, and nothing of ours can find them by accident.
+mooncake=mooncake-transfer-engine-non-cuda==0.3.13.post1
+
+# beside FOLDER BASE: FOLDER sees all of BASE's packages, BASE none of FOLDER's.
+beside() {
+    local packages=("$2"/lib/python*/site-packages) own=("$1"/lib/python*/site-packages)
+    printf 'import site; site.addsitedir("%s")\n' "${packages[0]}" >"${own[0]}/beside.pth"
+}
+
+sglang_peers_environment() {
+    beside "$1" "$root/.venv-sglang"
+    pip_install "$1" --no-deps "$mooncake"
+}
+
 use_dev() { environment "$root/.venv" dev_environment; }
 use_vllm() { environment "$root/.venv-vllm" vllm_environment; }
 use_sglang() {
     environment "$root/.venv-sglang" sglang_environment "$(standins)"
+}
+
+use_sglang_peers() {
+    use_sglang
+    environment "$root/.venv-sglang-peers" sglang_peers_environment "$mooncake $(declare -f beside)"
 }
 
 use_pyverbs() {
