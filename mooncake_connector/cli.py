@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mooncake_connector import config_fields
+from mooncake_connector.bench.command import bench_app
 from mooncake_connector.config import load_config
 from mooncake_connector.errors import ConnectorError
 from mooncake_connector.etcd_server import etcd_command
@@ -24,6 +25,7 @@ from mooncake_connector.topology_cli import show_topology
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and write mooncake.json.")
 app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
 app.command("topology")(show_topology)
 
 

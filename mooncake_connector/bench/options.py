@@ -1,14 +1,16 @@
-"""What `bench transfer` was asked for, checked before anything starts. Pure."""
+"""What `bench transfer` was asked for, checked before anything starts."""
 
 from __future__ import annotations
 
 import enum
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 from mooncake_engine.errors import ConfigError
 
+from mooncake_connector import config_legacy
 from mooncake_connector.bench.base import Route
 from mooncake_connector.bench.kv import ARRANGEMENTS, MODELS
 from mooncake_connector.bench.sweep import doubling
@@ -22,8 +24,6 @@ OPS = ("read", "write", "mix")
 WORKLOADS = ("sweep", "kv", "fragmentation")
 #: Pages of the fragmentation workload, in tokens: SGLang's default, vLLM's, the cure, the extreme.
 PAGE_SIZES = (1, 16, 64, 256)
-#: Where the metadata lies, and what the engine calls it; "" is the engine's peer-to-peer store.
-_PEER_TO_PEER = ("p2p", "P2PHANDSHAKE", "")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -36,7 +36,10 @@ class Mode(enum.StrEnum):
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Every setting of one run; sizes in bytes, times in seconds."""
+    """Every setting of one run; sizes in bytes, times in seconds.
+
+    `rounds` are valid ones; 0: one of each row, valid or not.
+    """
 
     mode: Mode = Mode.BOTH
     workload: str = "sweep"
@@ -44,14 +47,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     target_seg_name: str = ""
     op: str = "read"
     protocol: str = "tcp"
-    metadata_server: str = ""
+    metadata_server: str = "P2PHANDSHAKE"
     devices: tuple[str, ...] = ()
     buffer: int = 1 << 30
     blocks: tuple[int, int] = (4096, 64 << 20)
     batches: tuple[int, int] = (1, 1)
     threads: tuple[int, ...] = (1,)
     duration: float = 5.0
-    rounds: int = 1
+    rounds: int = 0
     minutes: float = 30.0
     contiguous: bool = False
     check_consistency: bool = False
@@ -128,14 +131,10 @@ def mode(asked: str, target_seg_name: str) -> Mode:
 
 
 def metadata_server(text: str) -> str:
-    """As the engine takes it: "p2p", or etcd's address with its scheme."""
-    if text in _PEER_TO_PEER:
-        return "p2p"
-    scheme, mark, rest = text.partition("://")
-    if not mark:
-        return f"etcd://{text}"
-    if scheme != "etcd" or not rest:
-        raise ConfigError(f"--metadata_server={text}: known are p2p and etcd://HOST:PORT")
+    """As the engine takes it: P2PHANDSHAKE, or etcd's addresses."""
+    if text.lower() in ("", "p2p"):
+        return "P2PHANDSHAKE"
+    config_legacy.metadata_server(text, "--metadata_server")
     return text
 
 
@@ -162,10 +161,6 @@ def checked(options: Options) -> Options:
     _one_of(options.arrangement, ARRANGEMENTS, "--kv_layout")
     for peer in options.peers:
         _one_of(peer, PEERS, "--peers")
-    if options.mode is not Mode.BOTH and options.peers:
-        raise ConfigError(
-            "--peers goes with both sides in one command: a target by itself runs our engine only"
-        )
     if options.workload != "sweep" and options.threads != (1,):
         raise ConfigError(f"--workload={options.workload} is one request, so --threads must be 1")
     if options.busy_loops < 0:
@@ -175,6 +170,9 @@ def checked(options: Options) -> Options:
             raise ConfigError(f"--{flag}={value}: not a time above 0")
     if options.plot and not options.plot.endswith((".png", ".html")):
         raise ConfigError(f"--plot={options.plot}: its name must end in .png or .html")
+    for flag, name in (("json", options.json), ("plot", options.plot)):
+        if name and not Path(name).resolve().parent.is_dir():
+            raise ConfigError(f"--{flag}={name}: there is no such folder")
     return options
 
 

@@ -40,12 +40,13 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """One variant's result for one row; or the row alone with the reason that it was skipped.
+    """One variant's result for one row, or the row alone.
 
     Attributes:
         workload: "sweep", or the request and its page size.
         block: Bytes of a descriptor.
         batch: Descriptors of a run of one thread.
+        note: Why there are no figures.
     """
 
     workload: str
@@ -55,7 +56,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     variant: str = ""
     is_limit: bool = False
-    skipped: str = ""
+    note: str = ""
     figures: Figures | None = None
 
 
@@ -100,7 +101,7 @@ def text(line: Line, shown: list[Column]) -> str:
     """A line of the table."""
     cells = _cells(line)
     row = "  ".join(cells.get(column.title, "").ljust(column.width) for column in shown)
-    return f"{row.rstrip()}  {line.skipped and 'skipped: ' + line.skipped}".rstrip()
+    return f"{row.rstrip()}  {line.note}".rstrip()
 
 
 def _column(title: str, values: set[str]) -> Column | None:

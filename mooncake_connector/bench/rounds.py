@@ -30,6 +30,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rounds: Valid ones wanted of each variant and workload.
+        at_most: Rounds in all, valid or not; 0: as many as it takes.
         limit_s: No turn begins later than this after the first.
         turn_s: How long a turn measures; the run under way is finished.
         warm_up_s: Before each.
@@ -38,6 +39,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rounds: int = 5
+    at_most: int = 0
     limit_s: float = 1800.0
     turn_s: float = 0.5
     warm_up_s: float = 0.3
@@ -107,7 +109,7 @@ def run_rounds(
         if not workload.routes or variant.route in workload.routes
     }
     number = 0
-    while (fewest := run.wanting()) and not run.over():
+    while (fewest := run.wanting()) and not run.over() and number != (plan.at_most or None):
         for workload in workloads:
             for variant in rotated(variants, number):
                 if workload.name in fewest and (variant.name, workload.name) in run.taking:
@@ -138,7 +140,10 @@ class _Run:
         if not fewest:
             return f"{self._plan.rounds} valid rounds of each"
         found = ", ".join(f"{name} {count}" for name, count in sorted(fewest.items()))
-        return f"the limit of {self._plan.limit_s:.0f} s; valid rounds there are of {found}"
+        limit = f"the limit of {self._plan.limit_s:.0f} s"
+        if self._plan.at_most and not self.over():
+            limit = f"{self._plan.at_most} rounds, no more were asked for"
+        return f"{limit}; valid rounds there are of {found}"
 
     def round(self, variant: Variant, workload: Workload, number: int) -> None:
         """One valid turn, or as many as are allowed."""

@@ -66,6 +66,6 @@ def test_what_differs_between_lines_has_a_column() -> None:
     assert [column.title for column in shown][:3] == ["Variant", "Op", "Threads"]
 
 
-def test_a_skipped_row_says_why() -> None:
-    skipped = line(variant="", figures=None, skipped="needs 2 of 1 bytes")
+def test_a_line_without_figures_says_why() -> None:
+    skipped = line(variant="", figures=None, note="skipped: needs 2 of 1 bytes")
     assert text(skipped, columns([skipped], peers=False)).endswith("skipped: needs 2 of 1 bytes")
