@@ -14,7 +14,7 @@ from typing_extensions import override
 from mooncake_engine.types import Completion, Op, Path, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from mooncake_engine.slicing import Runs
     from mooncake_engine.types import Slice
@@ -88,7 +88,7 @@ class Batch:
         op: Op,
         path: Path,
         runs: Runs,
-        slices: Iterable[Slice],
+        slices: Sequence[Slice],
         descriptors: int,
         timeout: float,
         stop: Callable[[Batch, Failure], None],
@@ -99,7 +99,7 @@ class Batch:
         self.path = path  # that of the segment, until a slice had to take another
         self.runs = runs
         self.progress = Progress(slices)
-        self.nbytes = int(runs.lengths.sum())
+        self.nbytes = sum([piece.nbytes for piece in slices])
         self.submitted = time.monotonic()
         self.deadline = self.submitted + timeout
         self.first_taken: float | None = None  # monotonic second; set by the worker

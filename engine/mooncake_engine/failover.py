@@ -259,6 +259,8 @@ class FailoverLane(Lane):
 
     def _come_back(self) -> None:
         """The own path moves slices again: a lane kept for nothing costs the peer a thread."""
+        if self._second is None:  # set by the thread that moves, and here
+            return
         with self._changed:
             second, self._second = self._second, None
         if second is not None:

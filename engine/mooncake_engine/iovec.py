@@ -56,7 +56,7 @@ def address_of(array: NDArray[Any]) -> int:
     A buffer tells it in 0.3 us; `__array_interface__` takes 1.1, for iovecs 3.2.
     """
     try:
-        return ctypes.addressof(_BYTE.from_buffer(array))
+        return ctypes.addressof(_BYTE.from_buffer(array))  # type: ignore[arg-type]  # numpy tells mypy of its buffers from Python 3.12 on
     except (TypeError, ValueError):  # read-only, or empty
         address: int = array.__array_interface__["data"][0]
         return address

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from mooncake_engine.types import Uint64s
+
+
+#: Up to so many runs a loop over ints is quicker than numpy, whose calls take 1 us and more: 1 us
+#: instead of 11 for one run, 3 instead of 7 for 16.
+FEW = 24
 
 
 class Bounds:
@@ -30,6 +36,7 @@ class Bounds:
                 joined.append([start, start + length])
         self._starts = np.array([start for start, _ in joined], np.uint64)
         self._ends = np.array([end for _, end in joined], np.uint64)
+        self._ranges = [start for start, _ in joined], [end for _, end in joined]
 
     def check(self, addresses: Uint64s, lengths: Uint64s, whose: str) -> None:
         """Raise `OutOfBounds`, naming the first run that lies in no single range."""
@@ -37,6 +44,8 @@ class Bounds:
             return
         if not self._starts.size:
             raise OutOfBounds(f"{whose} has no registered memory; register it before a transfer")
+        if addresses.size <= FEW and self._hold(addresses.tolist(), lengths.tolist()):
+            return
         slot = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
         inside = slot >= 0
         room = self._ends[np.maximum(slot, 0)] - addresses  # wraps when addresses > end
@@ -47,6 +56,15 @@ class Bounds:
                 f"run {bad} of {addresses.size}: {int(lengths[bad])} bytes at "
                 f"{int(addresses[bad]):#x} lie outside every region that {whose} registered"
             )
+
+    def _hold(self, addresses: list[int], lengths: list[int]) -> bool:
+        """`check` of a few runs; it tells which one is outside."""
+        starts, ends = self._ranges
+        for address, length in zip(addresses, lengths, strict=True):
+            slot = bisect_right(starts, address) - 1
+            if slot < 0 or address + length > ends[slot]:
+                return False
+        return True
 
 
 class _Use:

@@ -1,7 +1,7 @@
 """A batch's arrays -> merged runs -> slices. Pure numpy: no Python runs per descriptor.
 
 2048 scattered descriptors take about 100 us here; a loop over them would take longer than
-moving them over shared memory does.
+moving them over shared memory does. Up to `FEW` it is the other way round (`_merge_few`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mooncake_engine.errors import InvalidTransfer
+from mooncake_engine.memory import FEW
 from mooncake_engine.types import Op, Slice, uint64s
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def merge(op: Op, given: Runs) -> Runs:
     Raises:
         InvalidTransfer: Two runs write the same destination byte (sources may overlap).
     """
+    if given.lengths.size <= FEW and (runs := _merge_few(op, given)) is not None:
+        return runs
     destination = given.local if op is Op.READ else given.remote
     local, remote, lengths = given
     if destination.size > 1 and not bool((destination[1:] >= destination[:-1]).all()):
@@ -105,6 +108,22 @@ def merge(op: Op, given: Runs) -> Runs:
     return Runs(local[firsts], remote[firsts], np.add.reduceat(lengths, firsts))
 
 
+def _merge_few(op: Op, given: Runs) -> Runs | None:
+    """`merge` of a few runs in plain ints; None: some touch or overlap, which it does not handle.
+
+    Leaves the order as it is: nobody needs it but the search for neighbours.
+    """
+    destinations, sources = given[:2] if op is Op.READ else given[1::-1]
+    written = read = -1
+    for destination, source, length in sorted(
+        zip(destinations.tolist(), sources.tolist(), given.lengths.tolist(), strict=True)
+    ):
+        if destination < written or (destination == written and source == read):
+            return None
+        written, read = destination + length, source + length
+    return Runs(given.local.copy(), given.remote.copy(), given.lengths.copy())
+
+
 def cut(op: Op, runs: Runs, grant: bytes, slice_bytes: int, lanes: int = 1) -> list[Slice]:
     """Cut merged runs into slices of at most `slice_bytes` and `MAX_RUNS` runs, in order.
 
@@ -113,6 +132,9 @@ def cut(op: Op, runs: Runs, grant: bytes, slice_bytes: int, lanes: int = 1) -> l
     local, remote, lengths = runs
     if not lengths.size:
         return []
+    nbytes = sum(lengths.tolist()) if lengths.size <= FEW else int(lengths.sum())
+    if lengths.size <= MAX_RUNS and nbytes <= min(slice_bytes, MIN_SHARE):
+        return [Slice(op, *runs, nbytes, grant)]
     ends = np.cumsum(lengths)
     share = -(-int(ends[-1]) // lanes)
     size = np.uint64(min(slice_bytes, max(MIN_SHARE, share)))
