@@ -69,6 +69,7 @@ def busy_loops(count: int) -> Iterator[None]:
                 [sys.executable, "-IS", "-c", _LOOP],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is the driver's
             )
             running.callback(_end, loop)
             assert loop.stdout is not None  # asked for above
