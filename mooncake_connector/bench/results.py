@@ -110,7 +110,8 @@ def counting(outcome: Outcome) -> Outcome:
 
 def _best(outcome: Outcome, workload: str, limits: tuple[Variant, ...]) -> str:
     found = {one.name: outcome.median(one.name, workload, bandwidth) or 0.0 for one in limits}
-    return max(found, key=lambda name: found[name], default="")
+    best = max(found, key=lambda name: found[name], default="")
+    return best if found.get(best) else ""
 
 
 def _figures(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mooncake_connector.bench.turns import Failure, Outcome, Turn
     from mooncake_connector.bench.workloads import Case
 
+#: As tebench; a shorter turn, of somebody who only tries, has a warm-up as short.
 WARM_UP_S = 1.0
 
 
@@ -156,7 +157,7 @@ class _Run:
             at_most=0 if self._options.rounds else 1,
             limit_s=max(0.0, self._deadline - time.monotonic()) / rows_left,
             turn_s=self._options.duration,
-            warm_up_s=WARM_UP_S,
+            warm_up_s=min(WARM_UP_S, self._options.duration),
             retakes=2 if self._options.rounds else 0,
             check=self._options.check_consistency,
         )

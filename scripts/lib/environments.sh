@@ -52,7 +52,7 @@ pip_install() {
 }
 
 # The developer's environment: linters, types, the fast tests.
-dev_environment() { pip_install "$1" -e ".[dev,etcd]"; }
+dev_environment() { pip_install "$1" -e ".[dev,etcd,bench]"; }
 
 # What tests need beside a framework.
 test_tools=("pytest>=9" pytest-timeout "hypothesis>=6.120")
