@@ -11,6 +11,16 @@ from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Protocol
+
+    class Ledger(Protocol):
+        """Another server under these grants, beside Python's: `mooncake_engine.native.ledgers`."""
+
+        def add(self, grant: bytes) -> None:
+            """Honour it from now on."""
+
+        def revoke(self, grant: bytes) -> None:
+            """Honour it no more; who is served under it has left when this returns."""
 
 
 class GrantTable:
@@ -22,9 +32,17 @@ class GrantTable:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards both dicts
+        self._changed = threading.Condition()  # guards all below
         self._live: set[bytes] = set()
         self._serving: dict[bytes, list[Callable[[], None]]] = {}
+        self._ledgers: list[Ledger] = []
+
+    def follow(self, ledger: Ledger) -> None:
+        """Keep `ledger` equal to this table, from now on."""
+        with self._changed:
+            for grant in self._live:
+                ledger.add(grant)
+            self._ledgers.append(ledger)
 
     def add(self, grant: bytes) -> None:
         """Honour `grant` from now on."""
@@ -32,6 +50,8 @@ class GrantTable:
             raise ValueError("the empty grant is always honoured and cannot be added")
         with self._changed:
             self._live.add(grant)
+            for ledger in self._ledgers:
+                ledger.add(grant)
 
     def revoke(self, grant: bytes) -> None:
         """Stop honouring `grant`: interrupt those who serve it and wait until they left.
@@ -42,6 +62,8 @@ class GrantTable:
             self._live.discard(grant)
             for interrupt in self._serving.get(grant, ()):
                 interrupt()
+            for ledger in self._ledgers:  # under the lock: an `add` and a `revoke` keep their order
+                ledger.revoke(grant)
             self._changed.wait_for(lambda: grant not in self._serving)
 
     @contextlib.contextmanager

@@ -14,8 +14,15 @@ from mooncake_engine.types import Region, RegionRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Protocol
 
     from mooncake_engine.types import Uint64s
+
+    class Ledger(Protocol):
+        """Another server of this memory, beside Python's: `mooncake_engine.native.ledgers`."""
+
+        def replace(self, starts: Uint64s, ends: Uint64s, gone: tuple[int, int] = ...) -> None:
+            """Permit these ranges only; who touches `gone` has left when this returns."""
 
 
 #: Up to so many runs a loop over ints is quicker than numpy, whose calls take 1 us and more: 1 us
@@ -34,22 +41,22 @@ class Bounds:
                 joined[-1][1] = start + length
             else:
                 joined.append([start, start + length])
-        self._starts = np.array([start for start, _ in joined], np.uint64)
-        self._ends = np.array([end for _, end in joined], np.uint64)
+        self.starts = np.array([start for start, _ in joined], np.uint64)
+        self.ends = np.array([end for _, end in joined], np.uint64)
         self._ranges = [start for start, _ in joined], [end for _, end in joined]
 
     def check(self, addresses: Uint64s, lengths: Uint64s, whose: str) -> None:
         """Raise `OutOfBounds`, naming the first run that lies in no single range."""
         if not addresses.size:
             return
-        if not self._starts.size:
+        if not self.starts.size:
             raise OutOfBounds(f"{whose} has no registered memory; register it before a transfer")
         if addresses.size <= FEW and self._hold(addresses.tolist(), lengths.tolist()):
             return
-        slot = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
+        slot = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
         inside = slot >= 0
-        room = self._ends[np.maximum(slot, 0)] - addresses  # wraps when addresses > end
-        inside &= (addresses <= self._ends[np.maximum(slot, 0)]) & (lengths <= room)
+        room = self.ends[np.maximum(slot, 0)] - addresses  # wraps when addresses > end
+        inside &= (addresses <= self.ends[np.maximum(slot, 0)]) & (lengths <= room)
         if not inside.all():
             bad = int(np.argmin(inside))
             raise OutOfBounds(
@@ -86,10 +93,17 @@ class RegionTable:
     """Regions of this process. Safe to call from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Condition()  # guards _regions, _uses and the swap of _bounds
+        self._lock = threading.Condition()  # guards all below; _bounds: its swap
         self._regions: dict[int, Region] = {}
         self._bounds = Bounds()
         self._uses: set[_Use] = set()
+        self._ledgers: list[Ledger] = []
+
+    def follow(self, ledger: Ledger) -> None:
+        """Keep `ledger` equal to this table, from now on."""
+        with self._lock:
+            ledger.replace(self._bounds.starts, self._bounds.ends)
+            self._ledgers.append(ledger)
 
     def add(self, region: Region) -> None:
         """Register; raises `InvalidTransfer` when it overlaps another region."""
@@ -129,7 +143,7 @@ class RegionTable:
             region = self._regions.pop(address, None)
             if region is None:
                 raise InvalidTransfer(f"no region starts at {address:#x}; nothing to unregister")
-            self._rebuild()
+            self._rebuild((address, address + region.length))
             ending = {use for use in self._uses if use.touches(region)}
             for use in ending:
                 use.interrupt()
@@ -156,8 +170,10 @@ class RegionTable:
                 self._uses.remove(use)
                 self._lock.notify_all()
 
-    def _rebuild(self) -> None:
+    def _rebuild(self, gone: tuple[int, int] = (0, 0)) -> None:
         self._bounds = Bounds((r.address, r.length) for r in self._regions.values())
+        for ledger in self._ledgers:  # under the lock: two changes arrive in their order
+            ledger.replace(self._bounds.starts, self._bounds.ends, gone)
 
     def check(self, addresses: Uint64s, lengths: Uint64s, whose: str = "this engine") -> None:
         """Raise `OutOfBounds` unless each run lies inside one region."""

@@ -11,38 +11,44 @@ from mooncake_engine import EngineConfig, MetadataConfig, Status, TcpConfig, Tra
 from mooncake_engine.testing import conformance
 from mooncake_engine.testing.faults import Faults, install
 from mooncake_engine.testing.target import ChildTarget, LocalTarget
+from native_loops import needs_native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def config(scheme: str, host: str = "127.0.0.1") -> EngineConfig:
+def config(scheme: str, host: str = "127.0.0.1", *, native: bool = True) -> EngineConfig:
     return EngineConfig(
         protocol=scheme,
         strict_transport=True,
         host=host,
-        tcp=TcpConfig(min_port=0, max_port=0),
+        tcp=TcpConfig(min_port=0, max_port=0, native=native),
         metadata=MetadataConfig(p2p_min_port=0, p2p_max_port=0),
     )
 
 
 @contextlib.contextmanager
 def pair_of(scheme: str, where: str, length: int) -> Iterator[conformance.Pair]:
-    kind = ChildTarget if where == "child" else LocalTarget
-    host = "::1" if where == "ipv6" else "127.0.0.1"
-    with (
-        kind(config(scheme, host), length) as target,
-        TransferEngine(config(scheme, host)) as initiator,
-    ):
+    kind = LocalTarget if where in {"here", "ipv6"} else ChildTarget
+    settings = config(scheme, "::1" if where == "ipv6" else "127.0.0.1", native=where != "python")
+    if where == "native":
+        needs_native()
+    with kind(settings, length) as target, TransferEngine(settings) as initiator:
         yield conformance.Pair(initiator, target, target_has_a_say=scheme != "shm")
 
 
-KINDS = (("loopback", "here"), ("tcp", "child"), ("shm", "here"), ("shm", "child"))
+KINDS = (
+    ("loopback", "here"),
+    ("tcp", "native"),  # these two with a child: moved and served by C, and by its Python twin
+    ("tcp", "python"),
+    ("shm", "here"),
+    ("shm", "child"),
+)
 CASES = [
     pytest.param(check, *kind, id=f"{' '.join(kind)}-{check.name}")
     for kind in KINDS
     for check in conformance.CHECKS
-    if (kind[1] == "child" or not check.needs_child)
+    if (kind[1] != "here" or not check.needs_child)
     # Nobody serves shm but the kernel; its reader confirms with the grant's owner instead.
     and (kind[0] != "shm" or not check.needs_say)
 ]

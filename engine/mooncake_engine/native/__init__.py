@@ -11,12 +11,13 @@ import ctypes
 import enum
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Final
 
-ABI: Final = 1  # MOONCAKE_ABI of native.h
+ABI: Final = 2  # MOONCAKE_ABI of native.h
 _FILE: Final = Path(__file__).with_name("_loops.abi3.so")
 
 _U32 = ctypes.c_uint32
@@ -32,6 +33,10 @@ _EXCHANGE = (
     ctypes.c_int,  # is it a write?
 )
 
+_REPLACE = (_POINTER, _BYTES, _BYTES, ctypes.c_size_t, _SIZE, _SIZE)
+_TOKEN = (_POINTER, _BYTES, ctypes.c_size_t)
+_SERVING = (ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _U32)
+
 
 class Outcome(enum.IntEnum):
     """`enum outcome` of native.h; other negative numbers are -errno."""
@@ -40,6 +45,8 @@ class Outcome(enum.IntEnum):
     AGAIN = 1
     ENDED = 2
     HANDED = 3
+    HANDED_BODY = 4
+    CUT = 5
 
 
 class Unavailable(Exception):
@@ -64,21 +71,30 @@ class Library:
                 f"{path} was built for version {abi} of the native loops and this is {ABI}; "
                 "install this package again (pip install -e . in a checkout)"
             )
-        self.exchange_new = loaded.mooncake_exchange_new
-        self.exchange_new.argtypes = (ctypes.c_int,)
-        self.exchange_new.restype = _POINTER
-        self.exchange_free = loaded.mooncake_exchange_free
-        self.exchange_free.argtypes = (_POINTER,)
-        self.exchange_free.restype = None
-        self.exchange_answer = loaded.mooncake_exchange_answer
-        self.exchange_answer.argtypes = (_POINTER,)
-        self.exchange_answer.restype = _POINTER
-        self.exchange_start = loaded.mooncake_exchange_start
-        self.exchange_start.argtypes = _EXCHANGE
-        self.exchange_go_on = loaded.mooncake_exchange_go_on
-        self.exchange_go_on.argtypes = (_POINTER,)
-        self.exchange_hold = ctypes.PyDLL(str(path)).mooncake_exchange_hold
-        self.exchange_hold.argtypes = _EXCHANGE
+        free = (_POINTER,)
+        self.exchange_new = _typed(loaded.mooncake_exchange_new, _POINTER, ctypes.c_int)
+        self.exchange_free = _typed(loaded.mooncake_exchange_free, None, *free)
+        self.exchange_answer = _typed(loaded.mooncake_exchange_answer, _POINTER, _POINTER)
+        self.exchange_start = _typed(loaded.mooncake_exchange_start, ctypes.c_int, *_EXCHANGE)
+        self.exchange_go_on = _typed(loaded.mooncake_exchange_go_on, ctypes.c_int, _POINTER)
+        holding = ctypes.PyDLL(str(path))
+        self.exchange_hold = _typed(holding.mooncake_exchange_hold, ctypes.c_int, *_EXCHANGE)
+        self.regions_new = _typed(loaded.mooncake_regions_new, _POINTER)
+        self.regions_free = _typed(loaded.mooncake_regions_free, None, *free)
+        self.regions_replace = _typed(loaded.mooncake_regions_replace, None, *_REPLACE)
+        self.grants_new = _typed(loaded.mooncake_grants_new, _POINTER)
+        self.grants_free = _typed(loaded.mooncake_grants_free, None, *free)
+        self.grants_add = _typed(loaded.mooncake_grants_add, None, *_TOKEN)
+        self.grants_revoke = _typed(loaded.mooncake_grants_revoke, None, *_TOKEN)
+        self.serving_new = _typed(loaded.mooncake_serving_new, _POINTER, *_SERVING)
+        self.serving_free = _typed(loaded.mooncake_serving_free, None, *free)
+        self.serve = _typed(loaded.mooncake_serve, ctypes.c_int, _POINTER)
+
+
+def _typed(function: Any, result: Any, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401 - ctypes has no types of its own here
+    function.restype = result
+    function.argtypes = arguments
+    return cast("Callable[..., Any]", function)
 
 
 @functools.cache

@@ -18,14 +18,16 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raise it with every change of what Python calls: a library of another number is not used. */
-#define MOONCAKE_ABI 1
+#define MOONCAKE_ABI 2
 
 /* How a call ended. Other negative numbers are -errno. The numbers are repeated in __init__.py. */
 enum outcome {
     DONE = 0,
     AGAIN = 1,   /* it would block, its time-out passed, or a signal came: look, then go on */
     ENDED = 2,   /* the peer closed, or somebody shut the socket down */
-    HANDED = 3,  /* what arrived is Python's to judge; nothing of it was acted on */
+    HANDED = 3,  /* a header (of an answer, of a request) is Python's to judge; nothing was done */
+    HANDED_BODY = 4, /* so is a request whose body was received too */
+    CUT = 5,     /* as ENDED, in the middle of a frame */
 };
 
 enum {
@@ -60,5 +62,31 @@ struct spin {
 /* As receive_once, without blocking: looks for bytes for up to `budget` ns, and takes what it took
  * from that. -EAGAIN: none came, or it was not worth looking. */
 int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t *budget);
+
+/* regions.c and grants.c: what the serving loop may touch, and who is touching it. Python's tables
+ * keep them up to date. A use is on its list from the check that permits it until its last byte, so
+ * whoever takes memory back finds its socket there, still open, and can wait for it to leave. */
+struct region_use {
+    struct region_use *next, **back;
+    const uint64_t *addresses, *lengths;
+    size_t count;
+    int fd;
+    bool ending;
+};
+
+struct regions;
+bool regions_enter(struct regions *regions, struct region_use *use);
+void regions_leave(struct regions *regions, struct region_use *use);
+
+struct grant;
+struct grant_use {
+    struct grant_use *next, **back;
+    struct grant *grant; /* NULL: the empty grant, which needs no permission */
+    int fd;
+};
+
+struct grants;
+bool grants_enter(struct grants *grants, struct grant_use *use, const uint8_t *token, size_t bytes);
+void grants_leave(struct grants *grants, struct grant_use *use);
 
 #endif

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
+from native_loops import needs_native
 from tcp_sides import OtherProcess, Side
 
 if TYPE_CHECKING:
@@ -21,10 +22,18 @@ def closing() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
+@pytest.fixture(params=["C", "Python"])
+def loops(request: pytest.FixtureRequest) -> str:
+    """Which of both moves and serves; they are told apart by nothing but speed."""
+    if request.param == "C":
+        needs_native()
+    return str(request.param)
+
+
 @pytest.fixture
-def start(closing: contextlib.ExitStack) -> Callable[..., Side]:
+def start(closing: contextlib.ExitStack, loops: str) -> Callable[..., Side]:
     def one(**options: object) -> Side:
-        side = Side(**options)  # type: ignore[arg-type] - checked by Side and msgspec
+        side = Side(**{"native": loops == "C", **options})  # type: ignore[arg-type] - checked by Side and msgspec
         closing.callback(side.transport.close)
         return side
 

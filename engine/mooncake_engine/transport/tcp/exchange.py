@@ -5,13 +5,13 @@ from __future__ import annotations
 import abc
 import ctypes
 import os
-import weakref
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from mooncake_engine.iovec import iovecs
 from mooncake_engine.native import Outcome
+from mooncake_engine.native.ledgers import owned
 from mooncake_engine.transport.tcp import wire
 from mooncake_engine.transport.tcp.stream import buffer_of, framed
 from mooncake_engine.types import Op, Status
@@ -74,10 +74,9 @@ class NativeExchange(Exchange):
     def __init__(self, stream: Stream, library: Library) -> None:
         self._stream = stream
         self._library = library
-        self._state = library.exchange_new(stream.fileno())
-        if not self._state:
-            raise MemoryError("no memory for the state of a tcp lane, 17 KiB")
-        weakref.finalize(self, library.exchange_free, self._state)
+        self._state = owned(
+            self, library.exchange_new(stream.fileno()), library.exchange_free, "a tcp lane's state"
+        )
 
     @override
     def move(self, piece: Slice, request_id: int, deadline: float) -> str:

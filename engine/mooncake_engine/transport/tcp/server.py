@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mooncake_engine.transport.acceptor import Acceptor, Wording
 from mooncake_engine.transport.tcp import wire
+from mooncake_engine.transport.tcp.frames import Ledgers, NativeFrames, PythonFrames
 from mooncake_engine.transport.tcp.serving import Serving
 from mooncake_engine.transport.tcp.stream import DeadlinePassed, Stream
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mooncake_engine.config import EngineConfig
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
+    from mooncake_engine.native import Library
+    from mooncake_engine.transport.tcp.frames import Frames
 
 _log = logging.getLogger(__name__)
 
@@ -45,12 +48,14 @@ class Server:
         regions: RegionTable,
         grants: GrantTable,
         incarnation: str,
+        library: Library | None,
     ) -> None:
-        """Take over `listener` and start to accept."""
+        """Take over `listener` and start to accept; `library`: serve with its loop."""
         self._config = config
         self._regions = regions
         self._grants = grants
         self._incarnation = incarnation
+        self._ledgers = Ledgers(library, regions, grants) if library else None
         self._lock = threading.Lock()  # guards _served
         self._served: set[Stream] = set()  # those of _lanes that were welcomed
         self._lanes = Acceptor(
@@ -71,7 +76,7 @@ class Server:
         try:
             if self._greet(stream, peer):
                 stream.set_timeouts(self._config.tcp.send_timeout_s)
-                Serving(stream, self._regions, self._grants).run()
+                Serving(self._frames_of(stream), self._regions, self._grants).run()
         except wire.Malformed as reason:
             _log.warning(_CLOSED, peer, reason)
         except (DeadlinePassed, BlockingIOError):
@@ -81,6 +86,9 @@ class Server:
         finally:
             with self._lock:
                 self._served.discard(stream)
+
+    def _frames_of(self, stream: Stream) -> Frames:
+        return NativeFrames(stream, self._ledgers) if self._ledgers else PythonFrames(stream)
 
     def _greet(self, stream: Stream, peer: str) -> bool:
         """Handshake; True when the lane may be served."""

@@ -1,4 +1,7 @@
-"""Serves one greeted lane: frames in, registered memory out or in, until the peer leaves."""
+"""Serves one greeted lane: frames in, registered memory out or in, until the peer leaves.
+
+Everything where Python serves alone; where serve.c does, what that handed over.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 from mooncake_engine.errors import LaneError, OutOfBounds
 from mooncake_engine.iovec import address_of, iovecs
 from mooncake_engine.transport.tcp import wire
+from mooncake_engine.transport.tcp.frames import Arrived
 from mooncake_engine.transport.tcp.stream import buffer_of, framed, whole
 from mooncake_engine.types import Op, Status
 
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
-    from mooncake_engine.transport.tcp.stream import Stream
+    from mooncake_engine.transport.tcp.frames import Frames
     from mooncake_engine.types import Uint64s
 
 _SCRATCH = 64 << 10
@@ -27,13 +31,11 @@ _SCRATCH = 64 << 10
 class Serving:
     """The target's half of one lane. Runs on the lane's own thread."""
 
-    def __init__(self, stream: Stream, regions: RegionTable, grants: GrantTable) -> None:
-        self._stream = stream
+    def __init__(self, frames: Frames, regions: RegionTable, grants: GrantTable) -> None:
+        self._frames = frames
+        self._stream = frames.stream
         self._regions = regions
         self._grants = grants
-        # One buffer per lane for its whole life: a peer's numbers allocate nothing.
-        self._header = np.empty(wire.REQUEST.size, np.uint8)
-        self._body = np.empty(wire.MAX_BODY, np.uint8)
 
     def run(self) -> None:
         """Serve until the peer leaves between two frames.
@@ -43,27 +45,16 @@ class Serving:
             BlockingIOError: It stopped taking or sending bytes in the middle of a frame.
             OSError | EOFError: The connection broke, or a revoked grant shut it down.
         """
-        while self._next_header():
-            request = wire.unpack_request(self._header.tobytes())
-            body = self._body[: request.body_size]
-            self._stream.receive(whole(body), request.body_size)
+        while (arrived := self._frames.next()) is not Arrived.NOTHING:
+            request = wire.unpack_request(self._frames.header.tobytes())
+            body = self._frames.body[: request.body_size]
+            if arrived is Arrived.HEADER:
+                self._stream.receive(whole(body), request.body_size)
             tables = body[: 16 * request.runs].view(np.uint64)
             addresses, lengths = tables[: request.runs], tables[request.runs :]
             wire.check_lengths(lengths, request.nbytes)
             grant = body[16 * request.runs :].tobytes()
             self._serve(request, addresses, lengths, grant)
-
-    def _next_header(self) -> bool:
-        """Wait for the next frame for as long as it takes; False when the peer has left."""
-        while True:
-            runs = whole(self._header)
-            with contextlib.suppress(BlockingIOError):  # idle is not stopped: no frame is begun
-                count = self._stream.receive_some(runs)
-                break
-        if count:
-            rest = self._header[count:]
-            self._stream.receive(whole(rest), rest.size)
-        return bool(count)
 
     def _serve(
         self, request: wire.Request, addresses: Uint64s, lengths: Uint64s, grant: bytes

@@ -86,7 +86,7 @@ class TcpTransport(Transport):
         host = config.host or (hosts.default_address() if hosts.is_wildcard(bind) else bind)
         self._library = _library(use=tcp.native)
         self._endpoint = TcpEndpoint(host, port, wire.VERSION)
-        self._server = Server(listener, config, regions, grants, incarnation)
+        self._server = Server(listener, config, regions, grants, incarnation, self._library)
 
     @override
     def endpoint(self) -> msgspec.Raw:
