@@ -77,6 +77,7 @@ class SGLangServers(Servers):
         flags: Sequence[str] = (),
         backend: str = BACKEND,
         launcher: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> SGLangServer:
         """Start one SGLang server and return at once.
 
@@ -90,13 +91,14 @@ class SGLangServers(Servers):
             flags: More command line; a flag that is given twice has its last value.
             backend: `--disaggregation-transfer-backend`; `etcd` and `settings` are for ours only.
             launcher: What starts SGLang in place of `python -m sglang.launch_server`.
+            env: More environment.
         """
         name = name or role
         port = port or free_port()
         command = [*launcher] or [sys.executable, "-m", "sglang.launch_server"]
         command += ["--model-path", str(self._model), "--host", HOST, "--port", str(port)]
         command += [*SGLANG_FLAGS, *ROLE_FLAGS[role], *flags]
-        environment = dict(SGLANG_ENVIRONMENT)
+        environment = {**SGLANG_ENVIRONMENT, **(env or {})}
         bootstrap_port = bootstrap_port or free_port()
         if role != "aggregated":
             command += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", backend]

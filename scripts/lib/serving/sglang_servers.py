@@ -45,12 +45,14 @@ class Plan:
         protocol: The path of ours: "tcp" or "shm".
         page_size: Tokens, on both servers.
         chunk: `--chunked-prefill-size`, tokens; 0: the usual one, which holds the longest prompt.
+        environment: More of it, name and value, for both servers.
     """
 
     backend: str = BACKEND
     protocol: str = ""
     page_size: int = PAGE_SIZE
     chunk: int = 0
+    environment: tuple[tuple[str, str], ...] = ()
 
     def flags(self) -> list[str]:
         """More command line, for both servers."""
@@ -128,6 +130,7 @@ def pair(place: Place, plan: Plan) -> Iterator[Running]:
                     flags=plan.flags(),
                     backend=plan.backend,
                     launcher=launcher,
+                    env=dict(plan.environment),
                 )
                 for role in ("prefill", "decode")
             )
@@ -141,6 +144,7 @@ def pair(place: Place, plan: Plan) -> Iterator[Running]:
                 (prefill, decode),
                 hand=handing(prefill.url, prefill.bootstrap_port, decode.url),
                 timers=timing(prefill.url, decode.url),
+                facts=dict(plan.environment),
             )
         yield running
 
@@ -152,6 +156,7 @@ def _running(
     *,
     hand: Hand | None = None,
     timers: Timers = no_timers,
+    facts: Mapping[str, str] | None = None,
 ) -> Running:
     urls = {server.name: server.url for server in servers}
     return Running(
@@ -164,7 +169,9 @@ def _running(
         load=loading(url, place.model, disaggregated=hand is not None),
         timers=timers,
         # nothing to pause between turns: `--sleep-on-idle` takes no time
-        facts={server.name: shlex.join(server.command) for server in servers} | versions(),
+        facts={server.name: shlex.join(server.command) for server in servers}
+        | versions()
+        | dict(facts or {}),
     )
 
 
