@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from harness import perftest
 from mooncake_engine import (
     EngineConfig,
     MetadataConfig,
@@ -30,6 +29,8 @@ from mooncake_engine import (
 from mooncake_engine.testing.target import ChildTarget, digest, pattern
 from rich.console import Console
 from rich.table import Table
+
+from mooncake_connector.bench import perftest
 
 if TYPE_CHECKING:
     from mooncake_engine import Batch, Segment

@@ -105,7 +105,8 @@ class Target(base.Target):
         self._closed = False
         self._threads: list[threading.Thread] = []
         try:
-            self._listener = socket.create_server((host, 0))
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._listener = socket.create_server((host, 0), family=family)
         except OSError as failure:
             raise BackendFailed(f"cannot listen on {host}: {failure}; set host") from failure
         self._start(self._accept)
