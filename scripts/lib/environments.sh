@@ -125,6 +125,20 @@ standins() {
     find tests/standins \( -name '*.py' -o -name '*.toml' \) -print0 | sort -z | xargs -0 sha256sum
 }
 
+# The engines that ours is measured beside. Their own lists of dependencies name torch, which pip
+# would take with CUDA: of UCX's, NIXL's and Mooncake's wheels only what is in them is installed.
+peers_environment() {
+    local folder=$1
+    local -a needs
+    install_torch "$folder"
+    mapfile -t needs < <(dependencies etcd bench)
+    pip_install "$folder" "${torch_index[@]}" "$torch" "${needs[@]}" "${test_tools[@]}" \
+        pyzmq==27.3.0 requests msgpack
+    pip_install "$folder" --no-deps mooncake-transfer-engine-non-cuda==0.3.13.post1 \
+        nixl-cu12==1.5.1 libucx-cu12==1.22.0
+    pip_install "$folder" --no-deps -e .
+}
+
 # pyverbs comes with the distribution and for its Python only. The package itself and its tests,
 # without linters and whatever the system's Python may be too old for.
 pyverbs_environment() {
@@ -159,6 +173,8 @@ use_sglang_peers() {
     use_sglang
     environment "$root/.venv-sglang-peers" sglang_peers_environment "$mooncake $(declare -f beside)"
 }
+
+use_peers() { environment "$root/.venv-peers" peers_environment; }
 
 use_pyverbs() {
     local python=/usr/bin/python3

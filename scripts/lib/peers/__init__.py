@@ -1,0 +1,1 @@
+"""Parts of `scripts/bench peers`: ours, the peers and the machine's limits, side by side."""

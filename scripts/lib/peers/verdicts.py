@@ -1,0 +1,172 @@
+"""What the turns of a group come to: each goal met or missed, and by how much. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mooncake_connector.bench.turns import Outcome, Turn, cpu, seconds
+from peers.rows import Goal, Group, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the table.
+
+    Attributes:
+        row: Title of the group.
+        workload: And of what was run.
+        ours: Our figure, in words.
+        against: Who it is compared with, and its figure.
+        value: What the goal bounds; None: it could not be measured, `note` says why.
+        target: The goal in words.
+        of_limit: Ours over the machine's limit, where one ran beside it.
+        rounds: Valid rounds behind it, of both.
+        note: What a reader must know: no valid round, a failure.
+    """
+
+    row: str
+    workload: str
+    ours: str = ""
+    against: str = ""
+    value: float | None = None
+    target: str
+    met: bool | None = None
+    of_limit: float | None = None
+    rounds: int = 0
+    note: str = ""
+
+
+def verdicts(group: Group, outcome: Outcome, limits: Iterable[str]) -> list[Verdict]:
+    """One for each goal. `limits` are the variants that are the machine's limit."""
+    settled = _with_counting_turns(outcome)
+    unsettled = {turn.workload for turn in settled.turns if turn.valid} - {
+        turn.workload for turn in outcome.turns if turn.valid
+    }
+    limits = list(limits)
+    found = []
+    for goal in group.goals:
+        verdict = _judge(group, goal, settled, limits)
+        if goal.workload in unsettled and verdict.value is not None:
+            verdict = msgspec.structs.replace(verdict, note="no valid round: the machine was busy")
+        found.append(verdict)
+    return found
+
+
+def _with_counting_turns(outcome: Outcome) -> Outcome:
+    """The same; where no variant of a workload has a valid turn, all of its turns."""
+    some = {turn.workload for turn in outcome.turns if turn.valid}
+    turns = tuple(
+        turn if turn.workload in some else msgspec.structs.replace(turn, valid=True)
+        for turn in outcome.turns
+    )
+    return msgspec.structs.replace(outcome, turns=turns)
+
+
+def _judge(group: Group, goal: Goal, outcome: Outcome, limits: list[str]) -> Verdict:
+    at_least = goal.kind in (Kind.FASTER, Kind.DROP)
+    sign = ">=" if at_least else "<="
+    if goal.kind is Kind.FASTER and goal.bound == 1.0:
+        sign = ">"
+    blank = Verdict(
+        row=group.title, workload=goal.workload, target=f"{sign} {goal.bound:.2f} {goal.kind}"
+    )
+    ours = outcome.median(goal.ours, goal.workload, seconds)
+    if ours is None:
+        return msgspec.structs.replace(blank, note=_why(outcome, goal.ours, goal.workload))
+    value, against, note = _value(goal, outcome)
+    met = None
+    if value is not None:
+        met = value >= goal.bound if at_least else value <= goal.bound
+        if sign == ">":
+            met = value > goal.bound
+    limit = best(outcome, goal.workload, limits)
+    return msgspec.structs.replace(
+        blank,
+        ours=_figure(outcome, goal.ours, goal.workload),
+        against=against,
+        value=value,
+        met=met,
+        of_limit=outcome.ratio(limit, goal.ours, goal.workload, seconds) if limit else None,
+        rounds=outcome.valid_rounds(goal.ours, goal.workload),
+        note=note,
+    )
+
+
+def _value(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
+    """The number, who it is against, and a note when there is no number."""
+    match goal.kind:
+        case Kind.CPU:
+            return outcome.median(goal.ours, goal.workload, cpu), "", ""
+        case Kind.P50 | Kind.P99:
+            part = seconds if goal.kind is Kind.P50 else _p99
+            quiet = outcome.median(goal.ours, goal.beside, seconds)
+            busy = outcome.median(goal.ours, goal.workload, part)
+            if quiet is None or busy is None:
+                return None, "", f"no turn of {goal.beside}"
+            return busy / quiet, f"quiet {_time(quiet)}", ""
+        case Kind.DROP:
+            return _drop(goal, outcome)
+        case Kind.FASTER:
+            rival = best(outcome, goal.workload, _meant(goal, outcome))
+            if not rival:
+                return None, "", _why(outcome, " or ".join(goal.against), goal.workload)
+            ratio = outcome.ratio(rival, goal.ours, goal.workload, seconds)
+            shown = f"{rival} {_figure(outcome, rival, goal.workload)}"
+            return ratio, shown, "" if ratio else "no round in which both are valid"
+
+
+def _drop(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
+    """How much of its speed in long runs each keeps in short ones: ours over the rival's."""
+    rivals = [best(outcome, work, _meant(goal, outcome)) for work in (goal.workload, goal.beside)]
+    kept = []
+    for short, long in ((goal.ours, goal.ours), tuple(rivals)):
+        slow = outcome.median(short, goal.workload, seconds)
+        fast = outcome.median(long, goal.beside, seconds)
+        if slow is None or fast is None:
+            return None, "", f"no turn of {goal.beside}"
+        kept.append(fast / slow)
+    return kept[0] / kept[1], f"{rivals[0]} keeps {kept[1]:.2f}, ours {kept[0]:.2f}", ""
+
+
+def _meant(goal: Goal, outcome: Outcome) -> list[str]:
+    names = dict.fromkeys(turn.variant for turn in outcome.turns)
+    return [
+        name
+        for name in names
+        if name.startswith(goal.against) and not (goal.without and goal.without in name)
+    ]
+
+
+def best(outcome: Outcome, workload: str, names: Iterable[str]) -> str:
+    """Of these variants the one with the least median; empty: none has a turn."""
+    medians = {name: outcome.median(name, workload, seconds) for name in names}
+    found = {name: median for name, median in medians.items() if median is not None}
+    return min(found, key=found.__getitem__) if found else ""
+
+
+def _why(outcome: Outcome, variant: str, workload: str) -> str:
+    """Why there is no figure."""
+    for failure in outcome.failures:
+        if failure.workload == workload and failure.variant.startswith(variant):
+            return f"{failure.variant} failed: {failure.text.splitlines()[0]}"
+    return f"{variant} had no turn"
+
+
+def _p99(turn: Turn) -> float:
+    return turn.latencies.p99
+
+
+def _figure(outcome: Outcome, variant: str, workload: str) -> str:
+    """GB/s of a large run, else its time."""
+    took = outcome.median(variant, workload, seconds)
+    assert took is not None, "only of variants that have turns"
+    size = next(turn.run_bytes for turn in outcome.turns if turn.workload == workload)
+    return f"{size / took / 1e9:.2f} GB/s" if size >= 1 << 20 else _time(took)
+
+
+def _time(took: float) -> str:
+    return f"{took * 1e6:.0f} us" if took < 0.01 else f"{took * 1e3:.1f} ms"
