@@ -36,12 +36,14 @@ class Reply(msgspec.Struct, frozen=True):
         ttft_s: From sending the request to its first token.
         itl_s: Mean time between two tokens; 0 for a single one.
         finish_reason: As the server said it.
+        meta: SGLang's `meta_info` behind the last token.
     """
 
     tokens: tuple[int, ...]
     ttft_s: float
     itl_s: float
     finish_reason: str
+    meta: dict[str, Any] = {}
 
 
 def token_prompt(length: int, seed: int) -> list[int]:
@@ -122,20 +124,28 @@ def generate(
     tokens: list[int] = []
     times: list[float] = []
     reason = ""
+    meta: dict[str, Any] = {}
     for event in _events(url, "/generate", body, timeout_s):
         if "error" in event:
             raise CompletionFailed(200, json.dumps(event["error"]))
         new = event["output_ids"][len(tokens) :]  # each event holds all tokens so far
         tokens += new
         times += [time.monotonic()] * len(new)
-        finish = event["meta_info"]["finish_reason"]
+        meta = event["meta_info"]
+        finish = meta["finish_reason"]
         if finish is not None and finish["type"] == "abort":
             raise CompletionFailed(200, json.dumps(finish))
         reason = finish["type"] if finish is not None else reason
-    return _reply(sent, tokens, times, reason)
+    return _reply(sent, tokens, times, reason, meta)
 
 
-def _reply(sent: float, tokens: list[int], times: list[float], reason: str) -> Reply:
+def _reply(
+    sent: float,
+    tokens: list[int],
+    times: list[float],
+    reason: str,
+    meta: dict[str, Any] | None = None,
+) -> Reply:
     if not reason:
         raise CompletionFailed(200, f"the stream ended after {len(tokens)} tokens, unfinished")
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
@@ -144,6 +154,7 @@ def _reply(sent: float, tokens: list[int], times: list[float], reason: str) -> R
         ttft_s=(times[0] if times else time.monotonic()) - sent,
         itl_s=statistics.fmean(gaps) if gaps else 0.0,
         finish_reason=reason,
+        meta=meta or {},
     )
 
 

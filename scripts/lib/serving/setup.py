@@ -71,20 +71,27 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         sent: Before the first byte of the first leg.
-        prefill_answered: Prefill's response was there, whole.
+        prefill_answered: Prefill's response was there, whole; where it answers only when its pages
+            have been taken away, the moment it names as the end of its computation.
         first_token: Decode's first token was there.
         tokens: Decode's.
+        steps: Decode steps in the gap: 0 where decode passes on the token that prefill generated.
     """
 
     sent: float
     prefill_answered: float
     first_token: float
     tokens: tuple[int, ...]
+    steps: int = 1
 
     @property
     def gap_s(self) -> float:
-        """What the handover is made of: less one decode step it is the handover."""
+        """What the handover is made of: less `steps` decode steps it is the handover."""
         return self.first_token - self.prefill_answered
+
+    def handover_s(self, step_s: float) -> float:
+        """Ditto; `step_s` is the aggregated server's time between two tokens."""
+        return self.gap_s - self.steps * step_s
 
 
 #: Stream one greedy request through `Running.url`, as a user would: prompt, tokens to generate.
@@ -93,6 +100,7 @@ Ask = Callable[[list[int], int], "Reply"]
 #: dialect and in the order that it wants: prefill first, or both at once.
 Hand = Callable[[list[int], int], Exchange]
 #: Run the framework's own benchmark against `Running.url`; its files go beside the given one.
+#: Raises `harness.process.ServerFailed`.
 RunLoad = Callable[[Load, "Path"], LoadFigures]
 #: The connector's own counts since start, name -> total: "seconds", "bytes", "batches". The
 #: difference of two looks is what is shown.
@@ -121,6 +129,7 @@ class Running:
         metrics: URLs with a `/metrics`, where there are any.
         ask: One request through `url`.
         hand: One request, both legs by the client; None where nothing is handed over.
+        hand_at_once: Ditto, so that the transfer overlaps with the prefill, where `hand` does not.
         load: The framework's own benchmark.
         timers: The connector's own counts.
         pause: Called after each turn.
@@ -134,6 +143,7 @@ class Running:
     metrics: tuple[str, ...] = ()
     ask: Ask
     hand: Hand | None = None
+    hand_at_once: Hand | None = None
     load: RunLoad
     timers: Timers = no_timers
     pause: Switch = stay_up

@@ -1,10 +1,9 @@
 """Single requests to SGLang's servers, as `Running.ask` and `Running.hand` want them.
 
 SGLang's two legs are the same request, sent to both servers at once; a room number pairs them up.
-Prefill answers when its pages have been taken away, and decode's first token is prefill's, passed
-on without a step of decode's own: so the gap between the two answers says little here. What a user
-waits longer than on one server, `Exchange.first_token - Exchange.sent` less that server's TTFT, is
-what the transfer costs.
+Prefill answers only when its pages have been taken away, so its answer's arrival says nothing of
+the handover; but it names the moment at which the prompt was computed, by this machine's clock.
+Decode's first token is prefill's, passed on without a step of decode's own.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from harness.completions import generate
+from harness.completions import CompletionFailed, generate
 
 from serving.setup import Exchange
 
@@ -47,21 +46,35 @@ def handing(prefill: str, bootstrap_port: int, decode: str) -> Hand:
             "bootstrap_room": _ROOMS.randrange(1, 2**62),  # 0 would be none
         }
 
-        def leg(url: str) -> tuple[Reply, float, float]:
+        def leg(url: str) -> tuple[Reply, float]:
             begun = time.monotonic()
-            reply = generate(url, prompt, max_tokens=tokens, timeout_s=TIMEOUT_S, **pair)
-            return reply, begun, time.monotonic()
+            return generate(url, prompt, max_tokens=tokens, timeout_s=TIMEOUT_S, **pair), begun
 
         with ThreadPoolExecutor(2) as legs:
             sent = time.monotonic()
             first, second = legs.submit(leg, prefill), legs.submit(leg, decode)
-            _, _, answered = first.result()
-            reply, begun, _ = second.result()
+            prefilled, _ = first.result()
+            reply, begun = second.result()
         return Exchange(
             sent=sent,
-            prefill_answered=answered,
+            prefill_answered=_computed(prefilled),
             first_token=begun + reply.ttft_s,
             tokens=reply.tokens,
+            steps=0,
         )
 
     return hand
+
+
+def _computed(prefilled: Reply) -> float:
+    """When prefill had computed the prompt, as a monotonic second.
+
+    Raises:
+        CompletionFailed: It does not say, as a server without `--enable-metrics`.
+    """
+    said = prefilled.meta.get("prefill_finished_time")
+    if not said:
+        raise CompletionFailed(
+            200, f"prefill's meta_info has no prefill_finished_time: {prefilled.meta}"
+        )
+    return float(said) - time.time() + time.monotonic()

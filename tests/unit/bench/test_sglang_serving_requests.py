@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +25,7 @@ class Leg(BaseHTTPRequestHandler):
     tokens: ClassVar[tuple[int, ...]] = ()
     met: ClassVar[threading.Barrier]
     asked: ClassVar[dict[str, Any]]
+    said: ClassVar[dict[str, Any]] = {}
 
     def do_POST(self) -> None:
         kind = type(self)
@@ -33,7 +35,8 @@ class Leg(BaseHTTPRequestHandler):
         self.end_headers()
         for number in range(1, len(self.tokens) + 1):
             end = {"type": "length"} if number == len(self.tokens) else None
-            event = {"output_ids": self.tokens[:number], "meta_info": {"finish_reason": end}}
+            meta = {"finish_reason": end, **self.said}
+            event = {"output_ids": self.tokens[:number], "meta_info": meta}
             self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
     def log_message(self, *_: object) -> None:
@@ -41,8 +44,8 @@ class Leg(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(*tokens: int, met: threading.Barrier) -> Iterator[tuple[str, type[Leg]]]:
-    kind = type("ThisLeg", (Leg,), {"tokens": tokens, "met": met})
+def serving(*tokens: int, met: threading.Barrier, **said: float) -> Iterator[tuple[str, type[Leg]]]:
+    kind = type("ThisLeg", (Leg,), {"tokens": tokens, "met": met, "said": said})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as listening:
         thread = threading.Thread(target=listening.serve_forever)
         thread.start()
@@ -53,7 +56,10 @@ def serving(*tokens: int, met: threading.Barrier) -> Iterator[tuple[str, type[Le
 
 def test_both_legs_are_under_way_at_once_and_name_the_same_room() -> None:
     met = threading.Barrier(2)  # breaks when one leg waits for the other's answer
-    with serving(7, met=met) as (prefill, first), serving(7, 8, 9, met=met) as (decode, second):
+    with (
+        serving(7, met=met, prefill_finished_time=time.time()) as (prefill, first),
+        serving(7, 8, 9, met=met) as (decode, second),
+    ):
         exchange = handing(prefill, 8998, decode)([1, 2, 3], 3)
         again = handing(prefill, 8998, decode)
         room = first.asked["bootstrap_room"]
@@ -61,9 +67,33 @@ def test_both_legs_are_under_way_at_once_and_name_the_same_room() -> None:
         assert (first.asked["bootstrap_host"], first.asked["bootstrap_port"]) == ("127.0.0.1", 8998)
         assert first.asked["input_ids"] == second.asked["input_ids"] == [1, 2, 3]
         assert exchange.tokens == (7, 8, 9)
-        assert exchange.sent < min(exchange.prefill_answered, exchange.first_token)
+        assert exchange.sent < exchange.first_token
         again([1], 1)
         assert first.asked["bootstrap_room"] != room
+
+
+def test_the_handover_begins_where_prefill_says_that_the_prompt_was_computed() -> None:
+    met = threading.Barrier(2)
+    before = time.monotonic()
+    with (
+        serving(7, met=met, prefill_finished_time=time.time() - 100) as (prefill, _),
+        serving(7, 8, met=met) as (decode, _),
+    ):
+        exchange = handing(prefill, 8998, decode)([1], 2)
+    assert exchange.prefill_answered == pytest.approx(before - 100, abs=20)
+    # Decode's first token is prefill's: there is no step of decode's own in it.
+    assert exchange.handover_s(step_s=1000.0) == exchange.gap_s
+    assert exchange.gap_s > 80
+
+
+def test_a_prefill_that_does_not_say_when_it_had_computed_the_prompt_is_refused() -> None:
+    met = threading.Barrier(2)
+    with (
+        serving(7, met=met) as (prefill, _),
+        serving(7, 8, met=met) as (decode, _),
+        pytest.raises(CompletionFailed, match="no prefill_finished_time"),
+    ):
+        handing(prefill, 8998, decode)([1], 2)
 
 
 def test_a_leg_that_fails_fails_the_exchange() -> None:
