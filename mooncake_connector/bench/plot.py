@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from mooncake_connector.bench.report import Line
@@ -74,18 +75,20 @@ def _figure(lines: Sequence[Line], title: str) -> Figure:
     bandwidth, latency = figure.subplots(2, sharex=True)
     for label, points in _curves(lines).items():
         blocks = [line.block for line in points]
-        dashes = "--" if points[0].is_limit else "-"
+        look = "o--" if points[0].is_limit else "o-"
         found = [line.figures for line in points if line.figures]
-        bandwidth.plot(blocks, [f.bandwidth for f in found], dashes, marker="o", label=label)
-        (drawn,) = latency.plot(blocks, [f.p50 * 1e6 for f in found], dashes, marker="o")
-        tail = [f.p99 * 1e6 for f in found]
-        latency.plot(blocks, tail, ":", color=drawn.get_color())
+        bandwidth.plot(blocks, [one.bandwidth for one in found], look, label=label)
+        (drawn,) = latency.plot(blocks, [one.p50 * 1e6 for one in found], look)
+        tails = [one.p99 * 1e6 for one in found]
+        latency.plot(blocks, tails, ":", marker=".", color=drawn.get_color())
     figure.suptitle(title)
-    bandwidth.set_xscale("log", base=2)
+    _block_axis(bandwidth, sorted({line.block for line in lines}))
     bandwidth.set_ylim(bottom=0)
     bandwidth.set_ylabel("GB/s")
     bandwidth.legend(fontsize="small")
     latency.set_yscale("log")
+    latency.yaxis.set_major_formatter("{x:g}")
+    latency.yaxis.set_minor_formatter("{x:g}")
     latency.set_ylabel("one run, us: P50, and P99 dotted")
     latency.set_xlabel("block size, bytes")
     for axes in (bandwidth, latency):
@@ -93,16 +96,32 @@ def _figure(lines: Sequence[Line], title: str) -> Figure:
     return figure
 
 
+def _block_axis(axes: Axes, blocks: list[int]) -> None:
+    """Named as one writes them: 4K, 1M; what is no power of two, in bytes."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(blocks, [_short(block) for block in blocks])
+    axes.minorticks_off()
+
+
+def _short(block: int) -> str:
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if block % size == 0:
+            return f"{block // size}{unit}"
+    return str(block)
+
+
 def _curves(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Lines with figures, by what they differ in other than the block size."""
-    curves: dict[str, list[Line]] = {}
+    """Lines with figures, by what they differ in other than the block size.
+
+    The limit is one curve, whichever of its variants was the best at a block size.
+    """
     several_threads = len({line.threads for line in lines}) > 1
-    several_batches = (
-        len({line.batch for line in lines}) > 1 and len({line.workload for line in lines}) == 1
-    )
+    # A request has as many descriptors as its page size makes it: that is no curve of its own.
+    several_batches = len({line.batch for line in lines}) > len({line.workload for line in lines})
+    curves: dict[str, list[Line]] = {}
     for line in lines:
         if line.figures:
-            parts = [line.variant, line.op]
+            parts = ["limit" if line.is_limit else line.variant]
             parts += [f"{line.threads} threads"] if several_threads else []
             parts += [f"batch {line.batch}"] if several_batches else []
             curves.setdefault(", ".join(parts), []).append(line)

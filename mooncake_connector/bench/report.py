@@ -20,7 +20,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         cpu_initiator: CPU seconds of the process per GB; None: not known.
         cpu_target: Of the other process.
         of_limit: Bandwidth over the best limit's, median of the rounds' ratios; None: no limit.
-        ours_over_it: Our default variant's bandwidth over this one's, likewise.
+        ours_over_it: Our default variant's bandwidth over this one's, likewise; None for itself and
+            for a limit.
         valid: Rounds with an otherwise idle machine.
         rounds: Rounds in all.
     """

@@ -87,7 +87,7 @@ def filled(blanks: list[Line], workload: str, outcome: Outcome, lineup: Lineup) 
     for line in blanks:
         if line.is_limit and line.variant != best:
             continue
-        figures = _figures(counted, outcome, line.variant, workload, best, lineup.ours.name)
+        figures = _figures(counted, outcome, line, workload, best, lineup.ours.name)
         text = failed.get(line.variant, "" if figures else "no time was left for it")
         note = text.splitlines()[0] if text else ""  # the log's end is on standard error
         lines.append(msgspec.structs.replace(line, figures=figures, note=note))
@@ -115,8 +115,9 @@ def _best(outcome: Outcome, workload: str, limits: tuple[Variant, ...]) -> str:
 
 
 def _figures(
-    counted: Outcome, outcome: Outcome, variant: str, workload: str, limit: str, ours: str
+    counted: Outcome, outcome: Outcome, line: Line, workload: str, limit: str, ours: str
 ) -> Figures | None:
+    variant = line.variant
     taken = {turn.round for turn in outcome.turns if turn.variant == variant}
     if not taken:
         return None
@@ -125,7 +126,9 @@ def _figures(
             name: counted.median(variant, workload, value) or 0.0 for name, value in _VALUES.items()
         },
         of_limit=counted.ratio(variant, limit, workload, bandwidth),
-        ours_over_it=None if variant == ours else counted.ratio(ours, variant, workload, bandwidth),
+        ours_over_it=None
+        if line.is_limit or variant == ours
+        else counted.ratio(ours, variant, workload, bandwidth),
         valid=outcome.valid_rounds(variant, workload),
         rounds=len(taken),
     )
