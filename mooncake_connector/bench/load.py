@@ -2,8 +2,9 @@
 
 The rule, fixed before any run: a turn is valid when other work took no more than `OTHER_LOAD_LIMIT`
 of a core while it was measured. Other work is what all cores were busy with, less the CPU time of
-this process and its descendants (both sides, and loops that are busy on purpose); and never less
-than what the hypervisor took away, as some kernels count that as the running process' own.
+this process and its descendants (both sides, and loops that are busy on purpose) and of ksoftirqd,
+which passes on packets that the sockets measured here sent faster than they were taken; and never
+less than what the hypervisor took away, as some kernels count that as the running process' own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ OTHER_LOAD_LIMIT = 0.2
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
+_SOFTIRQ = " (ksoftirqd/"
 
 
 class Sample(NamedTuple):
@@ -57,16 +59,17 @@ def machine_seconds(stat: str) -> tuple[float, float]:
 
 
 def tree_seconds(stats: list[str], root: int) -> float:
-    """User and system seconds of `root` and all below it, from the text of each /proc/*/stat.
+    """User and system seconds of `root`, all below it and ksoftirqd; from each /proc/*/stat.
 
     Of children that ended and were waited for, too: their parents carry their time.
     """
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for text in stats:
-        fields = text.rpartition(")")[2].split()  # a name may hold spaces and brackets
-        pid = int(text.partition(" ")[0])
-        parents[pid] = int(fields[1])
+        head, _, tail = text.rpartition(")")  # a name may hold spaces and brackets
+        fields = tail.split()
+        pid = int(head.partition(" ")[0])
+        parents[pid] = root if _SOFTIRQ in head else int(fields[1])
         ticks[pid] = sum(int(field) for field in fields[11:15])
     return _TICK_S * sum(spent for pid, spent in ticks.items() if _below(pid, root, parents))
 

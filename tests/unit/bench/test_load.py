@@ -56,8 +56,9 @@ def test_the_tree_is_all_below_a_process_with_its_ended_children() -> None:
         stat(8, 7, 10, 20, 0, 0, name="a) S 1 (b"),
         stat(9, 8, 100, 0, 0, 0),
         stat(10, 1, 1000, 0, 0, 0),
+        stat(11, 2, 0, 5000, 0, 0, name="ksoftirqd/0"),
     ]
-    assert tree_seconds(stats, 7) == pytest.approx(140 * TICK)
+    assert tree_seconds(stats, 7) == pytest.approx(5140 * TICK)
 
 
 def test_busy_loops_are_ours_while_they_run_and_afterwards() -> None:
