@@ -1,7 +1,8 @@
 # Sourced by setup.sh: the environments, each made by one recipe and remade when it changes.
 # shellcheck shell=bash
 
-# What decides whether an environment is up to date: its recipe and the package's own needs.
+# What decides whether an environment is up to date: its recipe, the package's own needs, and what is
+# compiled when it is installed.
 # Tool settings in pyproject.toml change often and need no new installation.
 fingerprint() {
     "$python" - "$@" <<'PYTHON'
@@ -9,6 +10,8 @@ import hashlib, json, pathlib, sys, tomllib
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
 parts = [sys.version, str(pathlib.Path.cwd()), *sys.argv[1:], project["project"]]
 parts += [project["build-system"], project["tool"]["setuptools"]]
+native = pathlib.Path("engine/mooncake_engine/native")
+parts += [file.read_text() for file in sorted(native.glob("*.[ch]"))]
 print(hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 PYTHON
 }

@@ -23,6 +23,8 @@ find_python() {
 missing_packages() {
     local frameworks=$*
     command -v git >/dev/null || echo git
+    # The tcp transport's loops in C; a user's installation does without a compiler.
+    command -v gcc >/dev/null || echo gcc libc6-dev
     find_python
     if [[ -z $python ]]; then
         echo python3 python3-venv

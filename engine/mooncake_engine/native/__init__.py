@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Final
 
-ABI: Final = 2  # MOONCAKE_ABI of native.h
+ABI: Final = 3  # MOONCAKE_ABI of native.h
 _FILE: Final = Path(__file__).with_name("_loops.abi3.so")
 
 _U32 = ctypes.c_uint32
@@ -35,7 +35,7 @@ _EXCHANGE = (
 
 _REPLACE = (_POINTER, _BYTES, _BYTES, ctypes.c_size_t, _SIZE, _SIZE)
 _TOKEN = (_POINTER, _BYTES, ctypes.c_size_t)
-_SERVING = (ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _U32)
+_SERVING = (ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _U32, _U32)
 
 
 class Outcome(enum.IntEnum):

@@ -18,7 +18,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raise it with every change of what Python calls: a library of another number is not used. */
-#define MOONCAKE_ABI 2
+#define MOONCAKE_ABI 3
 
 /* How a call ended. Other negative numbers are -errno. The numbers are repeated in __init__.py. */
 enum outcome {

@@ -37,8 +37,8 @@ struct serving {
     struct regions *regions;
     struct grants *grants;
     uint8_t *header, *body; /* Python's, so that it can read what is handed over */
-    uint64_t most_bytes;    /* wire.py's limits */
-    uint32_t most_grant_bytes;
+    uint64_t most_bytes;    /* wire.py's limits; `body` has room for the latter two */
+    uint32_t most_runs, most_grant_bytes;
     bool small;             /* the last slice was */
     struct spin spin;
     struct iovec one;
@@ -48,7 +48,7 @@ struct serving {
 
 EXPORT struct serving *mooncake_serving_new(int fd, struct regions *regions, struct grants *grants,
                                             uint8_t *header, uint8_t *body, uint64_t most_bytes,
-                                            uint32_t most_grant_bytes)
+                                            uint32_t most_runs, uint32_t most_grant_bytes)
 {
     struct serving *serving = calloc(1, sizeof *serving);
     if (serving) {
@@ -58,6 +58,7 @@ EXPORT struct serving *mooncake_serving_new(int fd, struct regions *regions, str
         serving->header = header;
         serving->body = body;
         serving->most_bytes = most_bytes;
+        serving->most_runs = most_runs < MOST_RUNS ? most_runs : MOST_RUNS;
         serving->most_grant_bytes = most_grant_bytes;
     }
     return serving;
@@ -114,7 +115,8 @@ static int next_header(struct serving *serving)
 static bool header_is_good(const struct serving *serving, const struct request *request)
 {
     return (request->op == READ || request->op == WRITE) && request->runs &&
-           request->runs <= MOST_RUNS && request->nbytes && request->nbytes <= serving->most_bytes &&
+           request->runs <= serving->most_runs && request->nbytes &&
+           request->nbytes <= serving->most_bytes &&
            request->grant_bytes <= serving->most_grant_bytes;
 }
 

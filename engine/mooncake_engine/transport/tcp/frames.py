@@ -97,6 +97,7 @@ class NativeFrames(Frames):
             address_of(self.header),
             address_of(self.body),
             wire.MAX_NBYTES,
+            wire.MAX_RUNS,
             wire.MAX_GRANT,
         )
         self._state = owned(self, made, library.serving_free, "a served tcp lane's state")
