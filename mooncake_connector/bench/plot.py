@@ -70,6 +70,7 @@ def _page(lines: Sequence[Line], figure: Figure, title: str) -> str:
 def _figure(lines: Sequence[Line], title: str) -> Figure:
     # The class and not pyplot: no window, no global state, no display needed.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9, 9), layout="constrained")
     bandwidth, latency = figure.subplots(2, sharex=True)
@@ -87,8 +88,9 @@ def _figure(lines: Sequence[Line], title: str) -> Figure:
     bandwidth.set_ylabel("GB/s")
     bandwidth.legend(fontsize="small")
     latency.set_yscale("log")
+    latency.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     latency.yaxis.set_major_formatter("{x:g}")
-    latency.yaxis.set_minor_formatter("{x:g}")
+    latency.minorticks_off()
     latency.set_ylabel("one run, us: P50, and P99 dotted")
     latency.set_xlabel("block size, bytes")
     for axes in (bandwidth, latency):
