@@ -75,6 +75,8 @@ class Channel:
         return bytes(parts[:count])
 
     def _wait(self, descriptor: int, event: int, deadline: float | None) -> None:
+        if descriptor < 0:
+            raise ChannelEnded("closed at this end")
         poller = select.poll()
         poller.register(descriptor, event)
         while True:

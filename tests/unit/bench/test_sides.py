@@ -78,6 +78,21 @@ def test_a_side_that_is_killed_while_it_measures_ends_the_wait(tmp_path: Path) -
         os.kill(pair.initiator.pid, signal.SIGKILL)
         with pytest.raises(BackendFailed, match=r"initiator ended .*killed by SIGKILL"):
             pair.initiator.answer(messages.Measured, SOON)
+        with pytest.raises(BackendFailed, match="ended before it could be asked to measure"):
+            pair.measure(0.0, runs=1)
+
+
+def test_a_side_that_is_killed_beside_busy_threads_is_told_as_any_other(tmp_path: Path) -> None:
+    def measured_while_killed(pair: Pair) -> None:
+        assert isinstance(pair.initiator, ChildSide)
+        with pair.beside(Condition(busy_python=True)):
+            os.kill(pair.initiator.pid, signal.SIGKILL)
+            pair.measure(SOON)
+
+    with Pair(ours_over(Route.TCP), BUFFER, tmp_path) as pair:
+        pair.prepare(workload("any", scattered("read", 3)), 0.0)
+        with pytest.raises(BackendFailed, match="killed by SIGKILL"):
+            measured_while_killed(pair)
 
 
 def test_a_target_that_is_killed_fails_the_initiators_run(tmp_path: Path) -> None:
