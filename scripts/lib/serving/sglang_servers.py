@@ -149,6 +149,26 @@ def pair(place: Place, plan: Plan) -> Iterator[Running]:
         yield running
 
 
+@contextlib.contextmanager
+def attached(place: Place, url: str, prefill: str = "", decode: str = "") -> Iterator[Running]:
+    """Servers that the user runs, behind `url`; nothing is started, and nothing ended.
+
+    With the URLs of a pair's servers their timers are read. The handover is not taken: it compares
+    two machines' clocks, and the pair's bootstrap port is not known here.
+    """
+    with _starting():
+        _warm(url)
+    yield Running(
+        url=url,
+        prefill=(prefill,) if prefill else (),
+        decode=(decode,) if decode else (),
+        metrics=tuple(filter(None, (prefill, decode))),
+        ask=asking(url),
+        load=loading(url, place.model, disaggregated=bool(decode)),
+        timers=timing(prefill, decode) if prefill and decode else no_timers,
+    )
+
+
 def _running(
     place: Place,
     url: str,

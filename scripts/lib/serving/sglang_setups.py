@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from serving.setup import Setup
-from serving.sglang_servers import STOCK, Plan, pair, regular
+from serving.sglang_servers import STOCK, Plan, attached, pair, regular
 
 FRAMEWORK = "sglang"
 #: What any pair of SGLang's servers needs without a GPU; `harness/sglang.py` says why.
@@ -63,4 +63,16 @@ def one_pair(name: str, plan: Plan) -> Setup:
         servers=2,
         needed=STOCK_NEEDS if stock else PAIR_NEEDS,
         open=functools.partial(pair, plan=plan),
+    )
+
+
+def user_runs(name: str, url: str, prefill: str = "", decode: str = "") -> Setup:
+    """Servers that are up already, behind `url`; `prefill` and `decode` where it is a pair."""
+    return Setup(
+        name=name,
+        framework="url",
+        route="",
+        kind="peer",
+        servers=0,
+        open=functools.partial(attached, url=url, prefill=prefill, decode=decode),
     )

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from harness.completions import CompletionFailed
+from harness.servers import free_port
+from rich.console import Console
+from serving.setup import Place, SetupFailed
 from serving.sglang_requests import asking, handing
+from serving.sglang_setups import user_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 TIMEOUT_S = 20.0
 
@@ -110,3 +115,24 @@ def test_a_request_through_the_router_names_no_room() -> None:
     with serving(5, 6, met=threading.Barrier(1)) as (url, leg):
         assert asking(url)([1, 2], 2).tokens == (5, 6)
         assert "bootstrap_room" not in leg.asked
+
+
+def test_servers_that_the_user_runs_are_asked_and_nothing_is_handed_over(tmp_path: Path) -> None:
+    place = Place(tmp_path, tmp_path, Console())
+    with serving(5, 6, met=threading.Barrier(1)) as (url, leg):
+        setup = user_runs("mine", url)
+        with setup.open(place) as running:
+            assert leg.asked["input_ids"], "the first slow request comes before any that is timed"
+            assert running.ask([1, 2], 2).tokens == (5, 6)
+            assert running.hand is None
+            assert running.timers() == {}
+    assert (setup.framework, setup.servers) == ("url", 0)
+
+
+def test_a_server_of_the_users_that_is_not_there_is_a_set_up_that_failed(tmp_path: Path) -> None:
+    place = Place(tmp_path, tmp_path, Console())
+    with (
+        pytest.raises(SetupFailed, match="refused"),
+        user_runs("mine", f"http://127.0.0.1:{free_port()}").open(place),
+    ):
+        pass
