@@ -47,10 +47,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Where moving never waits for a peer, `submit` moves up to so much itself: 256 KiB take 60 us,
-#: waking a thread for them and being woken by it about as long.
-PROMPT_BYTES = 256 << 10
-
 
 class TransferEngine:
     """Moves bytes between memory registered here and memory registered by peers.
@@ -328,8 +324,6 @@ class TransferEngine:
         batch = self._prepare(op, segment, (local, remote, lengths), grant, timeout)
         if batch.progress.ended:  # it has no runs
             batch.finish(None)
-        elif segment.link.prompt and batch.nbytes <= PROMPT_BYTES:
-            segment.worker.transfer(batch)
         else:
             segment.worker.submit(batch)
         return batch

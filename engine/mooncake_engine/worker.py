@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mooncake_engine.batch import Failure
 from mooncake_engine.errors import LaneError
-from mooncake_engine.hands import Hand, IdleHands
+from mooncake_engine.hands import Guests, Hand, IdleHands
 from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ IDLE_S = 30.0
 JOIN_S = 10.0
 #: A peer that refuses one more lane is not asked at every submit.
 HIRE_AGAIN_S = 5.0
+#: Where moving never waits for a peer, whoever submits moves up to so much itself: 256 KiB take
+#: 60 us, waking a thread for them and being woken by it about as long.
+PROMPT_BYTES = 256 << 10
 
 
 class LinkWorker:
@@ -51,11 +54,15 @@ class LinkWorker:
         self._waiting = 0  # slices in _ready
         self._hands: set[Hand] = set()
         self._idle = IdleHands()
+        self._guests = Guests(self._lock, link.open_lane)
         self._hire_again_at = 0.0
         self._closed: Failure | None = None
 
     def submit(self, batch: Batch) -> None:
-        """Queue a batch that has slices. Never waits for a lane."""
+        """Queue a batch that has slices, or move it if that is as quick. Never waits for a lane."""
+        if self._link.prompt and batch.nbytes <= PROMPT_BYTES:
+            self.transfer(batch)
+            return
         with self._lock:
             finished = self._queue(batch)
         self._finish(finished)
@@ -67,7 +74,7 @@ class LinkWorker:
         slices, and have all of them where no lane was idle, or where other batches wait too.
         """
         with self._lock:
-            hand = None if self._ready or self._closed else self._idle.borrow()
+            hand = self._hand_for(batch)
             piece = None if hand is None else self._assign(hand, batch)
             finished = self._queue(batch)
         self._finish(finished)
@@ -95,7 +102,8 @@ class LinkWorker:
         """Take no more batches and end those under way. Returns at once; idempotent."""
         with self._lock:
             self._closed = self._closed or failure
-            moving = {hand.batch for hand in self._hands if hand.batch is not None}
+            hands = *self._hands, *self._guests
+            moving = {hand.batch for hand in hands if hand.batch is not None}
             finished = [batch for batch in {*self._ready, *moving} if self._stop(batch, failure)]
             for hand in self._hands:
                 hand.call()
@@ -113,6 +121,8 @@ class LinkWorker:
             hand.thread.join(max(0.0, end - time.monotonic()))
             if hand.thread.is_alive():
                 _log.error("a lane of %s did not return within %.0f s", self._name, JOIN_S)
+        with self._lock:
+            self._guests.see_out(max(0.0, end - time.monotonic()))
         self._link.close()
 
     @staticmethod
@@ -131,7 +141,7 @@ class LinkWorker:
             self._waiting -= dropped
             if batch in self._ready:
                 self._ready.remove(batch)
-        for hand in self._hands:
+        for hand in (*self._hands, *self._guests):
             # Under the lock, else the lane might have gone on to another batch meanwhile.
             if hand.batch is batch and hand.lane is not None and not hand.spent:
                 hand.spent = True
@@ -190,8 +200,19 @@ class LinkWorker:
             self._ready.append(batch)
         return batch, piece
 
+    def _hand_for(self, batch: Batch) -> Hand | None:
+        """A lane for the calling thread; None: it has to queue like others."""
+        if self._closed is not None:
+            return None
+        if self._link.prompt and batch.nbytes <= PROMPT_BYTES and batch.progress.waiting == 1:
+            return self._guests.enter()
+        return None if self._ready else self._idle.borrow()
+
     def _another(self, hand: Hand, batch: Batch) -> Slice | None:
         """One more slice for a caller, unless others wait for lanes: then its thread goes on."""
+        if hand.guest:
+            self._guests.leave(hand)
+            return None
         if not hand.spent and len(self._ready) == 1 and self._ready[0] is batch:
             return self._next(hand)[1]
         self._idle.give_back(hand)

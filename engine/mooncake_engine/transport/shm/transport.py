@@ -32,7 +32,7 @@ from mooncake_engine.transport.shm.arena import ArenaServer
 from mooncake_engine.transport.shm.arena_reader import ArenaReader
 from mooncake_engine.transport.shm.lane import ByMapping, ByPid, ShmLane
 from mooncake_engine.transport.shm.nonce import NONCE_BYTES, Nonce, NonceReader
-from mooncake_engine.transport.shm.process_vm import permit_any_reader
+from mooncake_engine.transport.shm.process_vm import CALL_BYTES, permit_any_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +64,9 @@ class ShmLink(Link):
     """One peer of this machine. Its lanes are threads of copying; they share no wire."""
 
     prompt = True
+    #: Larger than elsewhere: beside a thread that runs Python each return from a call takes 5 ms,
+    #: and small batches need not wait for a lane here.
+    slice_bytes = CALL_BYTES
 
     def __init__(
         self, peer: str, lanes: int, way: Callable[[], Way], reader: ArenaReader | None
