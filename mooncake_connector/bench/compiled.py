@@ -15,8 +15,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mooncake_connector.bench.base import BackendFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FLAGS = ("-O2", "-std=gnu11", "-Wall", "-shared", "-fPIC", "-pthread")
 SOURCES = Path(__file__).parent / "native"
@@ -48,17 +52,35 @@ def library() -> ctypes.CDLL:
     Raises:
         BackendFailed: There is no compiler, or what it said.
     """
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    return _typed(ctypes.CDLL(str(built("limits", sources)), use_errno=True))
+
+
+def built(
+    name: str, sources: Sequence[Path], more: Sequence[str] = (), libraries: Sequence[str] = ()
+) -> Path:
+    """A shared library of these sources and headers; built when the cache has none of them.
+
+    Args:
+        name: How its file's name begins.
+        sources: What decides whether it is up to date; the `.c` files are compiled.
+        more: Flags beside `FLAGS`.
+        libraries: What it is linked with.
+
+    Raises:
+        BackendFailed: There is no compiler, or what it said.
+    """
     cc = compiler()
     if cc is None:
         raise BackendFailed(missing())
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    key = hashlib.sha256(" ".join((cc, *FLAGS)).encode())
+    key = hashlib.sha256(" ".join((cc, *FLAGS, *more, *libraries)).encode())
     for source in sources:
         key.update(source.read_bytes())
-    built = _cache() / f"limits-{key.hexdigest()[:16]}.so"
-    if not built.exists():
-        _build(cc, [source for source in sources if source.suffix == ".c"], built)
-    return _typed(ctypes.CDLL(str(built), use_errno=True))
+    file = _cache() / f"{name}-{key.hexdigest()[:16]}.so"
+    if not file.exists():
+        own = [str(source) for source in sources if source.suffix == ".c"]
+        _build([cc, *FLAGS, *more, *own, *libraries], file)
+    return file
 
 
 def _cache() -> Path:
@@ -76,22 +98,22 @@ def _cache() -> Path:
     return Path(tempfile.mkdtemp(prefix="mooncake-connector-"))
 
 
-def _build(cc: str, sources: list[Path], built: Path) -> None:
-    unfinished = built.with_suffix(f".{os.getpid()}")
-    command = [cc, *FLAGS, "-o", str(unfinished), *map(str, sources)]
+def _build(how: list[str], file: Path) -> None:
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    command = [*how, "-o", str(unfinished)]
     try:
         done = subprocess.run(  # noqa: S603  # the user's own compiler, our own sources
             command, capture_output=True, text=True, timeout=BUILD_S, check=False
         )
         if done.returncode:
             raise BackendFailed(
-                f"cannot build the loops of the machine's limit: {' '.join(command)} said "
+                f"cannot build {file.name}: {' '.join(command)} said "
                 f"{done.stderr.strip() or done.returncode}; is the C library's development "
                 "package there (apt install libc6-dev)?"
             )
-        unfinished.rename(built)  # at once: another process builds the same at the same time
+        unfinished.rename(file)  # at once: another process builds the same at the same time
     except (OSError, subprocess.TimeoutExpired) as failure:
-        raise BackendFailed(f"cannot run the C compiler {cc}: {failure}") from failure
+        raise BackendFailed(f"cannot run the C compiler {how[0]}: {failure}") from failure
     finally:
         unfinished.unlink(missing_ok=True)
 

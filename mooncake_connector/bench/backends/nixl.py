@@ -1,10 +1,11 @@
 """NIXL with its UCX backend, from the wheel `nixl-cu12`.
 
-Over TCP, and on the same host with what UCX takes by itself (`cma`: process_vm_readv). A target
-needs its progress thread, since UCX emulates read and write over TCP; an initiator that polls does
-not, and is faster without. Requests are made in three ways: anew from addresses in each run, anew
-from prepped lists as vLLM's connector does, or once and posted again as nixlbench does. NIXL joins
-runs itself.
+Over TCP, and on the same host with what UCX takes by itself (`cma`: process_vm_readv). Over TCP a
+target needs its progress thread, since UCX emulates read and write there; an initiator that polls
+does not, and is faster without. With `cma` neither does: the target then polls for news once a
+millisecond, as a server's own loop would. Requests are made in three ways: anew from addresses in
+each run, anew from prepped lists as vLLM does, or once and posted again. NIXL joins runs
+itself where it is given prepped lists.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,13 +31,20 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = {Route.TCP: {"UCX_TLS": "tcp"}, Route.SAME_HOST: {}}
 _LABEL = {Route.TCP: "tcp", Route.SAME_HOST: "cma"}
+_WITHOUT = {Route.TCP: ", no progress thread", Route.SAME_HOST: ", no progress threads"}
+_OFF = {
+    Route.TCP: {"initiator_progress": "no"},
+    Route.SAME_HOST: {"initiator_progress": "no", "target_progress": "no"},
+}
 _QUIET = {"NIXL_LOG_LEVEL": "WARN", "UCX_LOG_LEVEL": "error"}
+POLL_S = 0.001
+_PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl_rocm")  # `nixl` itself only picks one of them
 _WAYS = {"plain": "", "prepped": ", prepped", "reposted": ", prepped and posted again"}
 
 
 def missing() -> str:
     """Why NIXL cannot run here; empty when it can."""
-    for package in ("nixl_cu12", "nixl_cu13", "nixl"):
+    for package in _PACKAGES:
         if importlib.util.find_spec(package):
             return ""
     return "NIXL is not installed: pip install --no-deps nixl-cu12 (pip's torch for it is CUDA's)"
@@ -48,18 +57,18 @@ def variants(route: Route) -> tuple[Variant, ...]:
     return tuple(
         Variant(
             backend="nixl",
-            name=f"NIXL {_LABEL[route]}{', no progress thread' if not progress else ''}{words}",
+            name=f"NIXL {_LABEL[route]}{without}{words}",
             route=route,
-            options={"way": way, "progress": "yes" if progress else "no"},
+            options={"way": way} | (_OFF[route] if without else {}),
             environment=_QUIET | _ENVIRONMENT[route],
         )
-        for progress in (True, False)
+        for without in ("", _WITHOUT[route])
         for way, words in _WAYS.items()
     )
 
 
 def _agent_classes() -> tuple[Any, Any, Any]:
-    for package in ("nixl_cu12", "nixl_cu13", "nixl"):
+    for package in _PACKAGES:
         if importlib.util.find_spec(package):
             try:
                 module = importlib.import_module(f"{package}._api")
@@ -99,22 +108,37 @@ class _Side:
 
 
 class Target(_Side, base.Target):
-    """The agent's progress thread serves."""
+    """The agent's progress thread serves, or a thread that polls."""
 
     def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
-        super().__init__(memory, options, progress=True)
+        super().__init__(memory, options, progress="target_progress" not in options)
+        self._ending = threading.Event()
+        self._poller = threading.Thread(target=self._poll, daemon=True)
+        if "target_progress" in options:
+            self._poller.start()
+
+    def _poll(self) -> None:
+        while not self._ending.wait(POLL_S):
+            self._agent.get_new_notifs()
 
     @override
     def address(self) -> dict[str, str]:
         metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
         return {"metadata": metadata, "memory": str(self._base)}
 
+    @override
+    def close(self) -> None:
+        self._ending.set()
+        if self._poller.is_alive():
+            self._poller.join()
+        super().close()
+
 
 class Initiator(_Side, base.Initiator):
     """Posts a request and polls it, as NIXL's examples do."""
 
     def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
-        super().__init__(memory, options, progress=options.get("progress") != "no")
+        super().__init__(memory, options, progress="initiator_progress" not in options)
         self._made: list[Any] = []
 
     @override

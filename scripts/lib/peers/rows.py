@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OURS = {Route.TCP: "ours tcp", Route.SAME_HOST: "ours shm"}
 SOCKETS, MEMCPY = "C sockets", "memcpy in C"
 NIXL, MOONCAKE = "NIXL", "Mooncake tcp"
-PEERS = ("mooncake", "nixl", "zmq", "gloo")
+PEERS = ("mooncake", "nixl", "ucx", "zmq", "gloo")
 BUSY, LOOPS = Condition(busy_python=True), Condition(busy_loops=2)
 
 
