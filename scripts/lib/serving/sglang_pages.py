@@ -103,8 +103,8 @@ def _one(running: Running, load: Load, file: Path, engine: str, page_size: int, 
         run=run,
         load=figures,
         gb_s=gained["sglang_bytes"] / gained["sglang_seconds"] / 1e9,
-        pieces=gained["descriptors"] / load.requests,
-        merged=gained["runs"] / load.requests,
+        pieces=gained.get("descriptors", 0) / load.requests,
+        merged=gained.get("runs", 0) / load.requests,
     )
 
 

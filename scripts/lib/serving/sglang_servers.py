@@ -143,7 +143,7 @@ def pair(place: Place, plan: Plan) -> Iterator[Running]:
                 router.url,
                 (prefill, decode),
                 hand=handing(prefill.url, prefill.bootstrap_port, decode.url),
-                timers=timing(prefill.url, decode.url),
+                timers=timing(prefill.url, decode.url, ours=plan.backend == BACKEND),
                 facts=dict(plan.environment),
             )
         yield running
@@ -165,7 +165,7 @@ def attached(place: Place, url: str, prefill: str = "", decode: str = "") -> Ite
         metrics=tuple(filter(None, (prefill, decode))),
         ask=asking(url),
         load=loading(url, place.model, disaggregated=bool(decode)),
-        timers=timing(prefill, decode) if prefill and decode else no_timers,
+        timers=timing(prefill, decode, ours=False) if prefill and decode else no_timers,
     )
 
 

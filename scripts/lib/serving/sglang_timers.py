@@ -41,16 +41,21 @@ OF_PREFILL = {
 EXPOSED_STAGE = "prefill_transfer_kv_cache"
 
 
-def timing(prefill: str, decode: str) -> Timers:
+def timing(prefill: str, decode: str, *, ours: bool) -> Timers:
     """Totals of one pair since its start, when they have settled; takes a second or two.
+
+    "seconds", "bytes" and "batches" are the connector's own, or SGLang's where it has none.
 
     Raises:
         OSError: A server does not answer.
     """
 
     def look() -> dict[str, float]:
-        pages = [get(url, "/metrics", timeout_s=30)[1] for url in (prefill, decode)]
-        return totals(pages[0], OF_PREFILL) | totals(pages[1], OF_DECODE)
+        found = totals(get(prefill, "/metrics", timeout_s=30)[1], OF_PREFILL)
+        if ours:
+            return found | totals(get(decode, "/metrics", timeout_s=30)[1], OF_DECODE)
+        own = {"seconds": "sglang_seconds", "bytes": "sglang_bytes", "batches": "sglang_requests"}
+        return found | {name: found[of] for name, of in own.items()}
 
     return lambda: settled(look)
 

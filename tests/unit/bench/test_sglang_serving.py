@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from harness.sglang import BACKEND
@@ -13,7 +17,10 @@ from serving.sglang_overlap import CHUNK, PROMPTS, Overlap
 from serving.sglang_pages import Pages, loads, table
 from serving.sglang_servers import STOCK, Plan
 from serving.sglang_setups import setups
-from serving.sglang_timers import OF_DECODE, OF_PREFILL, settled, totals
+from serving.sglang_timers import OF_DECODE, OF_PREFILL, settled, timing, totals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LOAD = Load(requests=8, rate=0.5, input_tokens=2048, output_tokens=32, seed=3)
 
@@ -150,3 +157,41 @@ def test_a_row_that_did_not_start_stands_in_the_table_of_page_sizes() -> None:
     shown = table([failed, Pages(engine="ours", page_size=64, run=1, load=run, gb_s=2.0)])
     assert shown.row_count == 2
     assert [load.seed for load in loads()] == [1, 2]
+
+
+@contextlib.contextmanager
+def metrics(page: str) -> Iterator[str]:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Keep pytest's output readable."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+        thread.join()
+
+
+DECODE_PAGE = """\
+# TYPE mooncake_connector:transfer_seconds histogram
+mooncake_connector:transfer_seconds_sum 0.125
+mooncake_connector:transfer_seconds_count 10.0
+"""
+
+
+def test_ours_is_timed_by_its_own_reads_and_a_peer_by_what_sglang_says_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.sglang_timers.SETTLED_S", 0.0)
+    with metrics(PREFILL_PAGE) as prefill, metrics(DECODE_PAGE) as decode:
+        ours = timing(prefill, decode, ours=True)()
+        peers = timing(prefill, decode, ours=False)()
+    assert (ours["seconds"], ours["batches"]) == (0.125, 10)
+    assert peers["seconds"] == peers["sglang_seconds"] == pytest.approx(0.2)
+    assert (peers["bytes"], peers["batches"]) == (2 << 20, 10)
