@@ -166,6 +166,13 @@ sglang_peers_environment() {
     pip_install "$1" --no-deps "$mooncake"
 }
 
+# nixl alone would bring builds for two versions of CUDA; one is enough, and needs none of it.
+nixl=(nixl==1.5.1 nixl-cu12==1.5.1)
+vllm_peers_environment() {
+    beside "$1" "$root/.venv-vllm"
+    pip_install "$1" --no-deps "$mooncake" "${nixl[@]}"
+}
+
 use_dev() { environment "$root/.venv" dev_environment; }
 use_vllm() { environment "$root/.venv-vllm" vllm_environment; }
 use_sglang() {
@@ -175,6 +182,12 @@ use_sglang() {
 use_sglang_peers() {
     use_sglang
     environment "$root/.venv-sglang-peers" sglang_peers_environment "$mooncake $(declare -f beside)"
+}
+
+use_vllm_peers() {
+    use_vllm
+    environment "$root/.venv-vllm-peers" vllm_peers_environment \
+        "$mooncake ${nixl[*]} $(declare -f beside)"
 }
 
 use_peers() { environment "$root/.venv-peers" peers_environment; }

@@ -1,6 +1,6 @@
 """Make the benchmark's model: little to compute, much KV to move; one for every framework.
 
-`python scripts/lib/serving/model.py FOLDER`: 16 layers of 2 heads of 256 over a hidden size of 128,
+`python -m serving.model FOLDER`: 16 layers of 2 heads of 256 over a hidden size of 128,
 float32. A token's KV is 64 KiB and a page of 64 tokens is 256 KiB per layer, as Llama-3-8B's is;
 a prompt of 4096 tokens moves 256 MiB. Random weights, so any wrong page changes the text.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-# Run as a file, Python looks for modules beside it; `tiny_model` is one folder up.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_model import VOCABULARY, tokenizer
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class UnpinnedNixlConnector(NixlConnector):
+class UnpinnedNixlConnector(NixlConnector):  # type: ignore[misc]  # vLLM's classes are Any here
     """NIXL's without the pinning.
 
     On a CPU its worker moves itself onto the last core of each NUMA node, where the model then
@@ -34,7 +34,7 @@ class UnpinnedNixlConnector(NixlConnector):
             super().__init__(*arguments, **more)
 
 
-class CpuMooncakeConnector(MooncakeConnector):
+class CpuMooncakeConnector(MooncakeConnector):  # type: ignore[misc]  # ditto
     """Mooncake's, whose worker asks which accelerator it runs on, and ends where there is none."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:  # noqa: ANN401 - vLLM's own, as given
