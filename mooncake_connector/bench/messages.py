@@ -40,20 +40,23 @@ class Open(Message, frozen=True, kw_only=True):
 
 
 class Fill(Message, frozen=True, kw_only=True):
-    """Fill the whole buffer with the pattern of `seed`. Answer: `Done`."""
+    """Fill the first `nbytes` of the buffer with the pattern of `seed`. Answer: `Done`."""
 
     seed: int
+    nbytes: int
 
 
 class Verify(Message, frozen=True, kw_only=True):
     """Check that runs hold the other side's bytes and that nothing else changed. Answer: `Done`.
 
-    `local` are this side's offsets, `remote` those of the side that the bytes came from.
+    `local` are this side's offsets, `remote` those of the side that the bytes came from. Looks at
+    the first `nbytes` of the buffer.
     """
 
     moved: tuple[Packed, ...]
     own_seed: int
     other_seed: int
+    nbytes: int
 
 
 class Connect(Message, frozen=True, kw_only=True):

@@ -101,14 +101,15 @@ class Pair:
             BackendFailed: With the first descriptor or byte that is wrong.
         """
         self.connect()
+        nbytes = workload.buffer_bytes + mmap.PAGESIZE  # what lies behind is not to change either
         for op in sorted({t.op for transfers in workload.work for t in transfers}):
             work = [[t for t in transfers if t.op == op] for transfers in workload.work]
-            self._check([transfers for transfers in work if transfers], op)
+            self._check([transfers for transfers in work if transfers], op, nbytes)
         self._work = ()
 
-    def _check(self, work: Sequence[Sequence[Transfer]], op: str) -> None:
-        self.target.post(messages.Fill(seed=TARGET_SEED))
-        self.initiator.ask(messages.Fill(seed=INITIATOR_SEED), messages.Done)
+    def _check(self, work: Sequence[Sequence[Transfer]], op: str, nbytes: int) -> None:
+        self.target.post(messages.Fill(seed=TARGET_SEED, nbytes=nbytes))
+        self.initiator.ask(messages.Fill(seed=INITIATOR_SEED, nbytes=nbytes), messages.Done)
         self.target.answer(messages.Done)
         prepare = messages.Prepare(work=messages.pack_work(work), warm_up_s=0.0)
         self.initiator.ask(prepare, messages.Done)
@@ -125,6 +126,7 @@ class Pair:
             moved=tuple(messages.pack(transfer) for transfer in moved),
             own_seed=seeds[0],
             other_seed=seeds[1],
+            nbytes=nbytes,
         )
         receiver.ask(command, messages.Done)
 

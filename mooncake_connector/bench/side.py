@@ -59,7 +59,7 @@ class Side:
             case messages.Open():
                 return self._open(command)
             case messages.Fill():
-                Pattern(command.seed).fill(self._memory)
+                Pattern(command.seed).fill(self._memory[: command.nbytes])
             case messages.Verify():
                 self._verify(command)
             case messages.Connect():
@@ -98,7 +98,7 @@ class Side:
             for columns in zip(*((r.local, r.remote, r.lengths) for r in runs), strict=True)
         )
         patterns = Pattern(command.own_seed), Pattern(command.other_seed)
-        wrong = check(self._memory, here, there, lengths, *patterns)
+        wrong = check(self._memory[: command.nbytes], here, there, lengths, *patterns)
         if wrong:
             raise BackendFailed(f"the bytes are not right: {wrong}")
 
