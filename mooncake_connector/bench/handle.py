@@ -79,9 +79,13 @@ class Handle:
     def resume(self) -> None:
         """Let it run again."""
 
+    def hang_up(self) -> None:
+        """Tell it to end, without a wait."""
+        self._channel.close()
+
     def close(self) -> None:
         """End it; idempotent."""
-        self._channel.close()
+        self.hang_up()
 
     def _lost(self, what: str) -> BackendFailed:
         self.close()
@@ -100,6 +104,7 @@ class ChildSide(Handle):
     def __init__(self, name: str, environment: Mapping[str, str], log: Path) -> None:
         """Start it. The thread that does so must outlive it: the side dies with that thread."""
         self.log = log
+        self._ended = False
         with log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-m", "mooncake_connector.bench.side", str(os.getpid())],
@@ -134,16 +139,23 @@ class ChildSide(Handle):
         self._signal_all(signal.SIGCONT)
 
     @override
-    def close(self) -> None:
-        """Ask it to end, then end it and all that it started."""
-        self._channel.close()
+    def hang_up(self) -> None:
+        super().hang_up()
         self.resume()  # a stopped process does not see that its channel is closed
+
+    @override
+    def close(self) -> None:
+        """Tell it to end, then end it and all that it started."""
+        self.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(CLOSE_S)
         self._signal_all(signal.SIGKILL)
         self._process.wait()
+        self._ended = True
 
     def _signal_all(self, number: signal.Signals) -> None:
+        if self._ended:  # the number may be another's by now
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 

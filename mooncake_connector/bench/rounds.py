@@ -78,9 +78,14 @@ class Pairs:
             self._open[variant.name] = pair
 
     def close(self) -> None:
-        """End all of them; idempotent."""
-        while self._open:
-            self._open.popitem()[1].close()
+        """End all of them, initiators first and side by side; idempotent."""
+        pairs = list(self._open.values())
+        for sides in ([pair.initiator for pair in pairs], [pair.target for pair in pairs]):
+            for side in sides:
+                side.hang_up()
+            for side in sides:
+                side.close()
+        self._open.clear()
 
     def __enter__(self) -> Self:
         return self
