@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from mooncake_engine import EngineConfig, TransferEngine, topology
-from mooncake_engine.config import TcpConfig
 from mooncake_engine.errors import EngineError
 from typing_extensions import override
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import numpy as np
-    from mooncake_engine import Completion, Segment
+    from mooncake_engine import Segment
     from numpy.typing import NDArray
 
     from mooncake_connector.bench.base import Transfer
@@ -33,14 +32,14 @@ def missing() -> str:
 
 
 def variants(route: Route) -> tuple[Variant, ...]:
-    """Our defaults; for tcp also without the native loop, where there is one."""
+    """Our defaults; for tcp also without the native loop."""
     protocol = _PROTOCOLS[route]
     if route is Route.RDMA and not topology.discover().nics:
         return ()
     named = Variant(
         backend="ours", name=f"ours {protocol}", route=route, options={"protocol": protocol}
     )
-    if route is not Route.TCP or "native" not in TcpConfig.__struct_fields__:
+    if route is not Route.TCP:
         return (named,)
     plain = Variant(
         backend="ours",
@@ -120,7 +119,7 @@ class Initiator(base.Initiator):
         assert self._segment is not None, "connect comes first"
         segment, op, lengths = self._segment, transfer.op, transfer.lengths
         local, remote = transfer.local + self._base, transfer.remote + self._far
-        move = _blocking(self._engine)
+        move = self._engine.transfer
 
         def run() -> None:
             end = move(op, segment, local, remote, lengths)
@@ -132,12 +131,6 @@ class Initiator(base.Initiator):
     @override
     def close(self) -> None:
         self._engine.close()
-
-
-def _blocking(engine: TransferEngine) -> Callable[..., Completion]:
-    """`transfer`, or the same made of `submit` where the engine has no such method yet."""
-    transfer: Callable[..., Completion] | None = getattr(engine, "transfer", None)
-    return transfer or (lambda *how: engine.submit(*how).wait())
 
 
 def _engine(memory: NDArray[np.uint8], options: Mapping[str, str]) -> tuple[TransferEngine, int]:
