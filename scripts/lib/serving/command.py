@@ -52,7 +52,7 @@ def chosen(all_of_them: Sequence[Setup], parts: Sequence[str]) -> list[Setup]:
 def run(given: argparse.Namespace, console: Console) -> int:
     """Exit status: 0 when all that was asked for was measured and every token was right."""
     if given.url:
-        found = urls.setups(given.url, given.legs, given.served_model)
+        found = _user_run(given)
         given.model = given.tokenizer or given.model
     else:
         found = importlib.import_module(f"serving.{given.framework}_setups").setups()
@@ -82,6 +82,15 @@ def run(given: argparse.Namespace, console: Console) -> int:
     measured = [verdict.summary(row) for row in result.rows if row.rounds]
     good = measured and all(each.rounds and each.equal == each.asked for each in measured)
     return 0 if good else 1
+
+
+def _user_run(given: argparse.Namespace) -> tuple[Setup, ...]:
+    """SGLang's are asked in its own API, which takes both legs at once."""
+    if given.framework == "vllm":
+        return urls.setups(given.url, given.legs, given.served_model)
+    from serving.sglang_setups import user_run
+
+    return user_run(given.url, given.legs)
 
 
 def _measure(setups: list[Setup], plan: Plan, place: Place, result: Result, until: float) -> None:

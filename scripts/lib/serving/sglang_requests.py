@@ -36,13 +36,14 @@ def asking(url: str) -> Ask:
     return ask
 
 
-def handing(prefill: str, bootstrap_port: int, decode: str) -> Hand:
-    """Requests to one pair, both legs from here."""
+def handing(prefill: str, decode: str, bootstrap: str) -> Hand:
+    """Requests to one pair, both legs from here; `bootstrap` is its bootstrap server's URL."""
+    where = urlsplit(bootstrap)
 
     def hand(prompt: list[int], tokens: int) -> Exchange:
         pair: dict[str, Any] = {
-            "bootstrap_host": urlsplit(prefill).hostname,
-            "bootstrap_port": bootstrap_port,
+            "bootstrap_host": where.hostname,
+            "bootstrap_port": where.port,
             "bootstrap_room": _ROOMS.randrange(1, 2**62),  # 0 would be none
         }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.completions import CompletionFailed, token_prompt
 from harness.process import ServerFailed
+from harness.servers import HOST
 from harness.sglang import BACKEND, SGLangServers
 
 from serving.setup import MAX_TOKENS, PAGE_SIZE, Running, SetupFailed, no_timers
@@ -142,7 +143,7 @@ def pair(place: Place, plan: Plan) -> Iterator[Running]:
                 place,
                 router.url,
                 (prefill, decode),
-                hand=handing(prefill.url, prefill.bootstrap_port, decode.url),
+                hand=handing(prefill.url, decode.url, f"http://{HOST}:{prefill.bootstrap_port}"),
                 timers=timing(prefill.url, decode.url, ours=plan.backend == BACKEND),
                 facts=dict(plan.environment),
             )
@@ -150,11 +151,13 @@ def pair(place: Place, plan: Plan) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def attached(place: Place, url: str, prefill: str = "", decode: str = "") -> Iterator[Running]:
+def attached(
+    place: Place, url: str, prefill: str = "", decode: str = "", bootstrap: str = ""
+) -> Iterator[Running]:
     """Servers that the user runs, behind `url`; nothing is started, and nothing ended.
 
-    With the URLs of a pair's servers their timers are read. The handover is not taken: it compares
-    two machines' clocks, and the pair's bootstrap port is not known here.
+    With the URLs of a pair's servers their timers are read, and with the bootstrap server's the
+    handover is taken: it compares prefill's clock with this machine's.
     """
     with _starting():
         _warm(url)
@@ -164,6 +167,7 @@ def attached(place: Place, url: str, prefill: str = "", decode: str = "") -> Ite
         decode=(decode,) if decode else (),
         metrics=tuple(filter(None, (prefill, decode))),
         ask=asking(url),
+        hand=handing(prefill, decode, bootstrap) if bootstrap else None,
         load=loading(url, place.model, disaggregated=bool(decode)),
         timers=timing(prefill, decode, ours=False) if prefill and decode else no_timers,
     )
