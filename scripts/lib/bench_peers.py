@@ -195,7 +195,7 @@ def _versions() -> dict[str, str]:
 
 def _told(latest: Turn | Failure) -> None:
     if isinstance(latest, Failure):
-        tell(f"{latest.variant}, {latest.workload}: {latest.text}")
+        tell(f"{latest.workload}: {latest.text.splitlines()[0]}")
 
 
 def tell(text: str) -> None:

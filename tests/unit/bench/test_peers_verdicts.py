@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import pytest
+from peers.blocks import KIB, scattered
+from peers.rows import Goal, Group, Kind
+from peers.table import variant_table, verdict_table
+from peers.verdicts import Verdict, verdicts
+
+from mooncake_connector.bench.base import Route
+from mooncake_connector.bench.conditions import Condition, workload
+from mooncake_connector.bench.percentiles import Latencies
+from mooncake_connector.bench.turns import Failure, Outcome, Turn
+
+WORK = workload("quick work", scattered("read", 4, 4 * KIB))
+
+
+def turn(variant: str, p50: float, number: int = 0, work: str = WORK.name, **more: object) -> Turn:
+    known = {"p99": 2 * p50, "cpu": 0.25, "valid": True} | more
+    return Turn(
+        variant=variant,
+        route=Route.TCP,
+        workload=work,
+        condition=Condition(),
+        round=number,
+        run_bytes=256 << 20,
+        threads=1,
+        latencies=Latencies(
+            count=10, mean=p50, least=p50, p50=p50, p99=float(str(known["p99"])), p999=p50
+        ),
+        wall_s=1.0,
+        gb_per_s=1.0,
+        initiator_cpu_s_per_gb=float(str(known["cpu"])),
+        target_cpu_s_per_gb=float(str(known["cpu"])),
+        other_load=0.0,
+        valid=bool(known["valid"]),
+    )
+
+
+def judged(goal: Goal, *turns: Turn, failures: tuple[Failure, ...] = ()) -> Verdict:
+    group = Group(
+        key="k", title="row", route=Route.TCP, backends=(), workloads=(WORK,), goals=(goal,)
+    )
+    outcome = Outcome(turns=turns, failures=failures, ended="")
+    return verdicts(group, outcome, ["C sockets, 1 stream"])[0]
+
+
+def goal(**more: object) -> Goal:
+    import msgspec
+
+    known = {"workload": WORK.name, "ours": "ours tcp", "against": ["NIXL"], "bound": 1.5}
+    return msgspec.convert(known | more, Goal)
+
+
+def test_a_goal_names_the_best_of_the_rivals_and_not_their_average() -> None:
+    verdict = judged(
+        goal(), turn("ours tcp", 0.1), turn("NIXL tcp", 0.4), turn("NIXL tcp, prepped", 0.16)
+    )
+    assert verdict.value == pytest.approx(1.6)
+    assert verdict.against.startswith("NIXL tcp, prepped ")
+    assert verdict.met
+
+
+def test_a_goal_that_is_missed_says_so() -> None:
+    verdict = judged(goal(), turn("ours tcp", 0.1), turn("NIXL tcp", 0.14))
+    assert verdict.met is False
+    assert "**missed**" in verdict_table([verdict])
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    slow_day = [turn("ours tcp", 0.2, 1), turn("NIXL tcp", 0.4, 1)]
+    usual = [turn("ours tcp", 0.1, number) for number in (0, 2)]
+    usual += [turn("NIXL tcp", 0.2, number) for number in (0, 2)]
+    assert judged(goal(), *slow_day, *usual).value == pytest.approx(2.0)
+
+
+def test_turns_that_are_not_valid_do_not_count_beside_valid_ones() -> None:
+    verdict = judged(
+        goal(),
+        turn("ours tcp", 0.1),
+        turn("NIXL tcp", 0.2),
+        turn("ours tcp", 0.01, 1, valid=False),
+        turn("NIXL tcp", 0.2, 1, valid=False),
+    )
+    assert verdict.value == pytest.approx(2.0)
+    assert not verdict.note
+
+
+def test_without_any_valid_turn_the_figure_is_shown_with_a_warning() -> None:
+    verdict = judged(goal(), turn("ours tcp", 0.1, valid=False), turn("NIXL tcp", 0.2, valid=False))
+    assert verdict.value == pytest.approx(2.0)
+    assert "no valid round" in verdict.note
+
+
+def test_a_rival_that_failed_leaves_the_goal_unmeasured_and_says_why() -> None:
+    failure = Failure(variant="NIXL tcp", workload=WORK.name, text="it fell over\nits log")
+    verdict = judged(goal(), turn("ours tcp", 0.1), failures=(failure,))
+    assert verdict.met is None
+    assert verdict.note == "NIXL tcp failed: it fell over"
+
+
+def test_faster_than_every_peer_is_missed_when_one_is_as_fast() -> None:
+    verdict = judged(goal(bound=1.0), turn("ours tcp", 0.1), turn("NIXL tcp", 0.1))
+    assert verdict.met is False
+
+
+def test_variants_that_a_goal_leaves_out_do_not_count() -> None:
+    verdict = judged(
+        goal(without="merged"),
+        turn("ours tcp", 0.1),
+        turn("NIXL tcp", 0.4),
+        turn("NIXL tcp, runs merged", 0.2),
+    )
+    assert verdict.value == pytest.approx(4.0)
+
+
+def test_cpu_is_that_of_both_sides_and_has_an_upper_bound() -> None:
+    verdict = judged(goal(kind="CPU s/GB", against=[], bound=0.6), turn("ours tcp", 0.1, cpu=0.35))
+    assert verdict.value == pytest.approx(0.7)
+    assert verdict.met is False
+
+
+@pytest.mark.parametrize(("kind", "value"), [(Kind.P50, 2.0), (Kind.P99, 30.0)])
+def test_beside_busy_loops_times_are_compared_with_the_quiet_median(
+    kind: Kind, value: float
+) -> None:
+    verdict = judged(
+        goal(kind=kind.value, beside="quiet", against=[], bound=20.0),
+        turn("ours tcp", 0.1, work="quiet"),
+        turn("ours tcp", 0.2, p99=3.0),
+    )
+    assert verdict.value == pytest.approx(value)
+    assert verdict.met == (kind is Kind.P50)
+
+
+def test_the_drop_compares_what_each_keeps_of_its_speed_in_long_runs() -> None:
+    verdict = judged(
+        goal(kind=Kind.DROP.value, beside="long", against=["C sockets"], bound=0.9),
+        turn("ours tcp", 0.4),
+        turn("ours tcp", 0.1, work="long"),
+        turn("C sockets, 1 stream", 0.2),
+        turn("C sockets, 1 stream", 0.1, work="long"),
+    )
+    assert verdict.value == pytest.approx(0.5)
+    assert verdict.met is False
+
+
+def test_the_share_of_the_limit_is_shown_beside_a_ratio_to_a_peer() -> None:
+    verdict = judged(
+        goal(), turn("ours tcp", 0.1), turn("NIXL tcp", 0.2), turn("C sockets, 1 stream", 0.08)
+    )
+    assert verdict.of_limit == pytest.approx(0.8)
+    assert "| 80 " in verdict_table([verdict])
+
+
+def test_the_variants_table_has_the_fastest_first_and_those_that_failed() -> None:
+    failure = Failure(variant="gloo", workload=WORK.name, text="it fell over")
+    turns = (turn("ours tcp", 0.1), turn("NIXL tcp", 0.05))
+    lines = variant_table(WORK, Outcome(turns=turns, failures=(failure,), ended="")).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["NIXL tcp", "ours tcp", "gloo"]
+    assert len({len(line) for line in lines}) == 1  # aligned
