@@ -33,20 +33,26 @@ PACKAGES = ("vllm", "sglang", "torch", "nixl", "mooncake-transfer-engine-non-cud
 
 
 def chosen(all_of_them: Sequence[Setup], parts: Sequence[str]) -> list[Setup]:
-    """Those whose names contain one of `parts`, and the reference; all without `parts`.
+    """Those whose names, less their commas, contain one of `parts`, and the reference.
+
+    All, without `parts`.
 
     Raises:
         ValueError: A part is in no name.
     """
     for part in parts:
-        if not any(part in setup.name for setup in all_of_them):
-            names = "; ".join(setup.name for setup in all_of_them)
+        if not any(part in _plain(setup) for setup in all_of_them):
+            names = ", ".join(map(_plain, all_of_them))
             raise ValueError(f"--only: no set-up's name contains {part!r}; there are {names}")
     return [
         setup
         for setup in all_of_them
-        if setup.kind == "aggregated" or not parts or any(part in setup.name for part in parts)
+        if setup.kind == "aggregated" or not parts or any(part in _plain(setup) for part in parts)
     ]
+
+
+def _plain(setup: Setup) -> str:
+    return setup.name.replace(",", "")
 
 
 def run(given: argparse.Namespace, console: Console) -> int:

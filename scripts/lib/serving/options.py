@@ -8,7 +8,7 @@ from pathlib import Path
 from serving.setup import PROMPTS, Load
 
 QUICK_PROMPTS = (512, 2048)
-QUICK_ONLY = ("ours 1P1D, tcp",)
+QUICK_ONLY = ("ours 1P1D tcp",)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +20,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--framework", choices=("vllm", "sglang"), default="vllm")
-    add("--only", default="", metavar="A,B", help="set-ups whose names contain one of these")
+    add(
+        "--only",
+        default="",
+        metavar="A,B",
+        help="set-ups whose names, without commas, contain "
+        "one of these; the reference is always among them",
+    )
     add("--quick", action="store_true", help="the reference and one pair of ours, one round")
     add("--rounds", type=_positive, default=5, help="turns of each set-up")
     add("--minutes", type=float, default=90.0, help="no round begins that would end later")
@@ -65,7 +71,6 @@ def wanted(options: argparse.Namespace) -> tuple[str, ...]:
     """Parts of names, empty for all."""
     if options.quick and not options.only:
         return QUICK_ONLY
-    # A name may hold a comma, and then its parts choose no less than it would.
     return tuple(part.strip() for part in options.only.split(",") if part.strip())
 
 

@@ -30,6 +30,8 @@ def show(result: Result, console: Console) -> None:
     if result.overlap:
         console.print(sglang_overlap.table(result.overlap))
     measured = [row for row in result.rows if row.rounds]
+    if warning := few_valid(result):
+        console.print(warning, markup=False)
     console.print(table(result, measured))
     for line in timer_lines(measured):
         console.print(line, style="dim", markup=False)
@@ -47,14 +49,21 @@ def table(result: Result, rows: list[Row]) -> Table:
     )
     shown.add_column("configuration")
     lengths = sorted({one.tokens for row in rows for each in row.rounds for one in each.handed})
-    headings = ["output tok/s", "TTFT", "TPOT", "ITL", *(f"handover {n}" for n in lengths)]
+    headings = [
+        "idle cores",
+        "output tok/s",
+        "TTFT",
+        "TPOT",
+        "ITL",
+        *(f"handover {n}" for n in lengths),
+    ]
     for heading in [*headings, "same tokens", "rounds (valid)"]:
         shown.add_column(heading, justify="right")
     several = len({row.group for row in rows}) > 1
     for row in rows:
         # The reference is in each group, and only comparable within it.
         name = f"{row.name} (group {row.group})" if several else row.name
-        shown.add_row(name, *_cells(summary(row), lengths))
+        shown.add_row(name, f"{row.idle_cores:.2f}", *_cells(summary(row), lengths))
     return shown
 
 

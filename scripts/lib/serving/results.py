@@ -52,6 +52,7 @@ class Row(msgspec.Struct, kw_only=True):
     """One set-up. `error`: it could not be opened; what was tried, and what it printed.
 
     `group`: set-ups of one group were up at the same time, and took their turns together.
+    `idle_cores`: what its servers took while nobody asked them for anything.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Row(msgspec.Struct, kw_only=True):
     pairs: int
     needed: str = ""
     group: int = 0
+    idle_cores: float = 0.0
     facts: dict[str, str] = {}
     rounds: list[Round] = []
     error: str = ""

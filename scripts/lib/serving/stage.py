@@ -35,12 +35,14 @@ class Plan:
         prompts: Lengths of the single requests.
         repeats: Single requests of each length in a turn.
         load: One turn's; its seed is counted on.
+        idle_s: How long to look at a set-up that nobody asks for anything.
     """
 
     rounds: int
     prompts: tuple[int, ...]
     repeats: int
     load: Load
+    idle_s: float = 5.0
 
 
 def run_group(
@@ -70,14 +72,24 @@ def run_group(
                     rows[setup.name].error = str(failed)
                     place.console.print(f"{setup.name} does not start: {failed}", markup=False)
                     continue
+            took = time.monotonic() - begin
             rows[setup.name].facts = up[setup.name].facts
+            rows[setup.name].idle_cores = _idle_cores(plan)
             up[setup.name].pause()
-            place.console.print(f"{setup.name}: up after {time.monotonic() - begin:.0f} s")
+            place.console.print(f"{setup.name}: up after {took:.0f} s")
         reference = next((s.name for s in setups if s.kind == "aggregated" and s.name in up), "")
         _take_rounds(up, rows, reference, plan, place, until)
         afterwards(up)
         place.console.print("stopping the servers")
     return list(rows.values())
+
+
+def _idle_cores(plan: Plan) -> float:
+    """Of the set-up that is up last; those before it are stopped, or sleep."""
+    before = machine.sample()
+    time.sleep(plan.idle_s)
+    after = machine.sample()
+    return (after.ours - before.ours) / (after.at - before.at)
 
 
 def _take_rounds(
@@ -120,10 +132,13 @@ def _expected(running: Running | None, plan: Plan, number: int) -> dict[tuple[in
     """The aggregated server's answers; nothing when there is none, and then nothing is handed."""
     if running is None:
         return {}
-    running.resume()
-    known = {key: running.ask(prompt, TOKENS) for key, prompt in prompts(plan, number).items()}
-    running.pause()
-    return known
+    try:
+        running.resume()
+        return {key: running.ask(prompt, TOKENS) for key, prompt in prompts(plan, number).items()}
+    except Failures:  # its own turn will fail, too, and say so
+        return {}
+    finally:
+        running.pause()
 
 
 def _turn(
@@ -134,11 +149,13 @@ def _turn(
     number: int,
     name: str,
 ) -> Round:
-    running.resume()
-    before, counted = machine.sample(), running.timers()
+    before = machine.sample()
+    counted: dict[str, float] = {}
     handed: list[Handed] = []
     figures, error = None, ""
     try:
+        running.resume()
+        before, counted = machine.sample(), running.timers()
         for key, prompt in prompts(plan, number).items():
             if running.hand is not None and key in known:
                 handed.append(_handed(running, prompt, known[key]))
@@ -148,7 +165,7 @@ def _turn(
         error = f"{type(failed).__name__}: {failed}"
     after = machine.sample()
     with contextlib.suppress(*Failures):
-        counted = {key: total - counted[key] for key, total in running.timers().items()}
+        counted = {key: total - counted.get(key, 0.0) for key, total in running.timers().items()}
     running.pause()
     return Round(
         number=number,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.completions import MODEL
+from harness.completions import MODEL, CompletionFailed, complete, token_prompt
 from harness.servers import HOST, VLLM_ENVIRONMENT, Server, Servers, free_port
 
 from serving.setup import MAX_TOKENS, PAGE_SIZE
@@ -30,6 +32,8 @@ FLAGS = (
 )
 # Nine servers started at once on two cores.
 START_TIMEOUT_S = 900.0
+WAKE_TIMEOUT_S, WAKE_POLL_S = 30.0, 0.25
+AWAKE = token_prompt(70, seed=-100)
 
 
 class VllmServers(Servers):
@@ -92,6 +96,30 @@ class VllmServers(Servers):
         command += ["--worker-urls", *urls, "--policy", "round_robin", "--host", HOST]
         command += ["--port", str(port), "--prometheus-port", str(free_port())]
         return self.start("router", port, command)
+
+    def stop_for_now(self) -> None:
+        """Nothing that was started runs until `go_on`; connections stay open."""
+        for child in self._children:
+            child.signal(signal.SIGSTOP)
+
+    def go_on(self, url: str) -> None:
+        """Let all run again; returns when a request to `url` is answered.
+
+        Raises:
+            CompletionFailed: It is not, half a minute later.
+        """
+        for child in self._children:
+            child.signal(signal.SIGCONT)
+        deadline = time.monotonic() + WAKE_TIMEOUT_S
+        while True:  # the proxy takes servers out that did not answer its looks, and back in
+            try:
+                complete(url, AWAKE, max_tokens=1)
+            except (CompletionFailed, OSError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(WAKE_POLL_S)
+            else:
+                return
 
     def facts(self) -> dict[str, str]:
         """Command lines of all servers, as a shell takes them, by name."""

@@ -108,10 +108,15 @@ def _opened(build: Build, place: Place) -> Iterator[Running]:
         yield running
 
 
-def _running(servers: VllmServers, router: Server, **more: Any) -> Running:  # noqa: ANN401 - fields
+def _running(servers: VllmServers, router: Server, *, stops: bool = False, **more: Any) -> Running:  # noqa: ANN401 - fields
     def ask(prompt: list[int], max_tokens: int) -> Any:  # noqa: ANN401 - it is `complete`'s Reply
         return complete(router.url, prompt, max_tokens=max_tokens)
 
+    if stops:
+        # NIXL's idle workers take a whole core from whoever has the turn. Ours and aggregated
+        # servers sleep while idle, and a stopped server of ours would lose its lease in etcd.
+        more["pause"] = servers.stop_for_now
+        more["resume"] = partial(servers.go_on, router.url)
     return Running(
         url=router.url,
         ask=ask,
@@ -187,6 +192,7 @@ def _nixl(name: str, tls: str, servers: VllmServers) -> Running:
         metrics=(decode.url,),
         hand=partial(legs.prefill_first, prefill.url, decode.url),
         timers=partial(vllm_timers.nixl, decode.url),
+        stops=True,
     )
 
 
@@ -215,6 +221,7 @@ def _mooncake(servers: VllmServers) -> Running:
         decode=(decode.url,),
         hand=partial(legs.both_at_once, prefill.url, decode.url, f"http://{HOST}:{port}"),
         timers=partial(vllm_timers.mooncake, prefill.log),
+        stops=True,
     )
 
 

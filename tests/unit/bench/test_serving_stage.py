@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOAD = Load(requests=1, rate=1.0, input_tokens=8, output_tokens=2, seed=10)
-PLAN = stage.Plan(rounds=3, prompts=(4, 8), repeats=2, load=LOAD)
+PLAN = stage.Plan(rounds=3, prompts=(4, 8), repeats=2, load=LOAD, idle_s=0.0)
 SPREAD = Spread(1.0, 1.0, 1.0)
 
 
