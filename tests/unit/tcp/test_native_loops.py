@@ -1,11 +1,10 @@
-"""The loops in C beside their Python twins: both judge a frame alike, and neither serves late."""
+"""The loops in C beside their Python twins: both judge a frame alike."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import socket
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +15,11 @@ from mooncake_engine.transport.tcp import wire
 from mooncake_engine.transport.tcp.exchange import NativeExchange, PythonExchange
 from mooncake_engine.types import Op, Region
 from native_loops import needs_native
-from tcp_sides import Side, greeted_socket, received_until_the_end, slice_of, soon, until
+from tcp_sides import Side, greeted_socket, received_until_the_end, slice_of, soon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from typing import Self
 
     from mooncake_engine.transport.base import Lane
     from mooncake_engine.types import SegmentRecord
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     OpenLane = Callable[[Side, SegmentRecord], Lane]
 
 MIB = 1 << 20
-LATE = 0xEE  # what memory holds once its owner has it back; no peer may ever see it
 
 
 def test_each_loop_is_used_where_it_is_asked_for(
@@ -126,91 +123,6 @@ def test_a_frame_that_stops_at_any_byte_moves_nothing(both: list[Side], op: Op) 
         for side in both:
             before = side.memory.tobytes()
             assert answer_to(side, frame_for(side, op)[:stop]) == (b"", before)
-
-
-def received(peer: socket.socket, size: int) -> bytes:
-    """So many bytes, or fewer when the other side closed first."""
-    parts = []
-    while size and (part := peer.recv(size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-class Readers:
-    """Peers that read all memory again and again, whatever becomes of their lanes."""
-
-    def __init__(self, side: Side, grant: Callable[[], bytes] = bytes, count: int = 3) -> None:
-        self._side = side
-        self._grant = grant
-        self._stop = threading.Event()
-        self.served = 0  # frames; more than one thread adds, so it is a lower bound
-        self.late = False
-        self._threads = [threading.Thread(target=self._read) for _ in range(count)]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(20)
-
-    def wait_for_one(self) -> None:
-        """Until one more frame was served whole."""
-        before = self.served
-        until(lambda: self.served != before, "a served frame")
-
-    def _read(self) -> None:
-        while not self._stop.is_set():
-            with contextlib.suppress(OSError), greeted_socket(self._side.port) as peer:
-                while not self._stop.is_set() and self._one(peer):
-                    pass
-
-    def _one(self, peer: socket.socket) -> bool:
-        size = self._side.memory.size
-        halves = [self._side.address, self._side.address + size // 2]
-        piece = slice_of(Op.READ, halves, halves, [size // 2] * 2, self._grant())
-        peer.sendall(wire.pack_request(piece, 1))
-        head = received(peer, wire.ANSWER.size)
-        if len(head) < wire.ANSWER.size:
-            return False
-        status, reason_size, _ = wire.ANSWER.unpack(head)
-        wanted = reason_size if status else size
-        body = received(peer, wanted)
-        if not status:
-            self.late |= LATE in body
-            self.served += len(body) == wanted
-        return len(body) == wanted
-
-
-def test_no_byte_of_memory_that_was_taken_back_reaches_a_peer(start: Start) -> None:
-    target = start(size=MIB)
-    region = Region(target.address, MIB, "cpu", target.memory)
-    with Readers(target) as readers:
-        for _ in range(100):
-            readers.wait_for_one()
-            target.regions.remove(target.address)
-            target.memory[:] = LATE
-            target.memory[:] = 1
-            target.regions.add(region)
-    assert not readers.late
-
-
-def test_no_byte_reaches_a_peer_after_its_grant_has_ended(start: Start) -> None:
-    target = start(size=MIB)
-    rounds = [0]
-    with Readers(target, lambda: b"round %d" % rounds[0]) as readers:
-        for number in range(100):
-            rounds[0] = number
-            target.grants.add(b"round %d" % number)
-            readers.wait_for_one()
-            target.grants.revoke(b"round %d" % number)
-            target.memory[:] = LATE
-            target.memory[:] = 1
-    assert not readers.late
 
 
 def test_a_ledger_that_joins_late_knows_what_the_table_knows(start: Start) -> None:
