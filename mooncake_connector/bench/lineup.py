@@ -71,7 +71,8 @@ def _limits(options: Options) -> tuple[tuple[Variant, ...], str]:
     limit = backend(LIMITS[options.route])
     if reason := limit.missing():
         return (), f"no limit: {reason}"
-    return tuple(one for one in limit.variants(options.route) if one.is_limit), ""
+    found = (one for one in limit.variants(options.route) if one.is_limit)
+    return tuple(_with_settings(one, options) for one in found), ""
 
 
 def _peer(name: str, route: Route) -> tuple[Variant, ...]:

@@ -49,7 +49,10 @@ def variants(route: Route) -> tuple[Variant, ...]:
     """One: the program knows whether it reads or writes by the transfer."""
     if route is not Route.RDMA:
         return ()
-    return (Variant(backend="perftest", name="perftest", route=route, is_limit=True),)
+    perftest_itself = Variant(
+        backend="perftest", name="perftest", route=route, is_limit=True, moves_bytes=False
+    )
+    return (perftest_itself,)
 
 
 class Ask(msgspec.Struct, frozen=True):

@@ -43,26 +43,39 @@ logger = logging.getLogger(__name__)
 missing = compiled.missing
 
 MAGIC = 0x4C494D49  # not to be taken for another program's first words
-HELLO = struct.Struct("<IIQQ")  # magic, write?, rows, spin in ns
+HELLO = struct.Struct("<IIQQQ")  # magic, write?, rows, spin in ns, bytes of a socket buffer
 READY = b"\0" * 8
 TIMEOUT_S = 30  # without a byte, at the initiator; an idle target waits
 TIMEOUT = struct.pack("@ll", TIMEOUT_S, 0)
 
 
 def variants(route: Route) -> tuple[Variant, ...]:
-    """1, 2 and 4 streams that wait at once, and one that first looks for 50 us, as engines do."""
+    """1, 2 and 4 streams as the kernel makes them, and what helped one of them here.
+
+    Small buffers: the halves of a stream wait for each other more often, and whoever waited is let
+    in first where the cores are taken: 2048 x 128 KiB read beside 20 busy processes took 0.07 s
+    instead of 0.4, with the same CPU time. Looking for bytes before waiting for them, as engines
+    do: one small piece on an idle machine.
+    """
     if route is not Route.TCP:
         return ()
-    waiting = [
-        _variant(f"C sockets, {streams} stream{'s' if streams > 1 else ''}", streams, 0)
-        for streams in (1, 2, 4)
-    ]
-    return (*waiting, _variant("C sockets, 1 stream, spins 50 us", 1, 50))
+    return (
+        _variant("1 stream", streams=1),
+        _variant("2 streams", streams=2),
+        _variant("4 streams", streams=4),
+        _variant("2 streams, 256 KiB buffers", streams=2, buffer_kib=256),
+        _variant("1 stream, spins 50 us", streams=1, spin_us=50),
+    )
 
 
-def _variant(name: str, streams: int, spin_us: int) -> Variant:
-    options = {"streams": str(streams), "spin_us": str(spin_us)}
-    return Variant(backend="sockets", name=name, route=Route.TCP, options=options, is_limit=True)
+def _variant(name: str, **options: int) -> Variant:
+    return Variant(
+        backend="sockets",
+        name=f"C sockets, {name}",
+        route=Route.TCP,
+        options={key: str(value) for key, value in options.items()},
+        is_limit=True,
+    )
 
 
 class _Stream(ctypes.Structure):
@@ -149,7 +162,6 @@ class Target(base.Target):
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            _configure(sock)
             half = self._greet(sock)
             sock.sendall(READY)
             if code := compiled.library().limits_serve(ctypes.addressof(half.part)):
@@ -163,9 +175,10 @@ class Target(base.Target):
                 sock.close()
 
     def _greet(self, sock: socket.socket) -> _Half:
-        magic, write, rows, spin_ns = HELLO.unpack(_exactly(sock, HELLO.size))
+        magic, write, rows, spin_ns, buffer = HELLO.unpack(_exactly(sock, HELLO.size))
         if magic != MAGIC or rows > self._memory.size:
             raise BackendFailed("another program has our port")
+        _configure(sock, buffer)
         offsets, lengths = np.frombuffer(_exactly(sock, 16 * rows), np.uint64).reshape(2, rows)
         check_bounds(offsets, lengths, self._memory.size, "target")
         return _Half(
@@ -177,10 +190,11 @@ class Initiator(base.Initiator):
     """Opens its streams anew for each prepared run."""
 
     def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
-        """Args: options: "streams", and "spin_us" to look for bytes before waiting for them."""
+        """Args: options: "streams", "buffer_kib" of a socket, "spin_us" to look before waiting."""
         self._memory = memory
         self._streams = int(options["streams"])
         self._spin_ns = int(options.get("spin_us", "0")) * 1000
+        self._buffer = int(options.get("buffer_kib", "0")) << 10
         self._address = ("", 0)
         self._size = 0
         self._spare: socket.socket | None = None
@@ -243,8 +257,9 @@ class Initiator(base.Initiator):
         base_address = np.uint64(address_of(self._memory))
         sock, self._spare = self._spare or self._dial(), None
         try:
-            _configure(sock)
-            sock.sendall(HELLO.pack(MAGIC, write, part.lengths.size, self._spin_ns))
+            _configure(sock, self._buffer)
+            rows = part.lengths.size
+            sock.sendall(HELLO.pack(MAGIC, write, rows, self._spin_ns, self._buffer))
             sock.sendall(part.remote.tobytes() + part.lengths.tobytes())
             _exactly(sock, len(READY))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEOUT)
@@ -252,16 +267,18 @@ class Initiator(base.Initiator):
         except (OSError, EOFError) as failure:
             sock.close()
             raise BackendFailed(
-                f"the target at {self._where} did not take the list of {part.lengths.size} runs: "
+                f"the target at {self._where} did not take a list of {part.lengths.size} runs: "
                 f"{failure}; its log says why"
             ) from failure
         return _Half(sock, part.local + base_address, part.lengths, write, self._spin_ns)
 
 
-def _configure(sock: socket.socket) -> None:
-    """Blocking, as the C loops want it, and nothing held back."""
+def _configure(sock: socket.socket, buffer: int) -> None:
+    """Blocking, as the C loops want it, and nothing held back. Buffer 0: the kernel's choice."""
     sock.settimeout(None)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF) if buffer else ():
+        sock.setsockopt(socket.SOL_SOCKET, option, buffer)
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:

@@ -138,7 +138,7 @@ def test_a_run_outside_the_targets_memory_is_refused(target: sockets.Target) -> 
     with pytest.raises(BackendFailed, match=r"2 bytes at offset 8388607.*outside the target's"):
         initiator.prepare(Transfer("read", here, there, np.array([2], np.uint64)))
     initiator._size = 2 * SIZE  # the target checks for itself
-    with pytest.raises(BackendFailed, match="did not take the list"):
+    with pytest.raises(BackendFailed, match="did not take a list"):
         initiator.prepare(Transfer("read", here, there, np.array([2], np.uint64)))
     initiator.close()
 
