@@ -1,12 +1,17 @@
-"""What a user of the engine gets where process_vm calls are forbidden."""
+"""What a user of the engine gets: small batches at once, and where process_vm is forbidden."""
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+import pytest
+from engines import config
+from mooncake_engine import Op, Status
+from mooncake_engine.crowding import BELIEVED_S, LONG_S, Crowding
 from mooncake_engine.engine import TransferEngine
 from mooncake_engine.iovec import address_of
 from shm_child import engine_config
@@ -34,3 +39,55 @@ def test_allocated_memory_goes_over_shm_and_any_other_over_tcp(
             got = reader.do("read", record=record, remote=address_of(array), length=MIB)
             assert got == [path, "ok", hashlib.blake2b(array.tobytes()).hexdigest()]
             reader.do("close")
+
+
+@pytest.mark.parametrize("op", list(Op))
+@pytest.mark.parametrize("runs", [1, 16, 1023, 1024, 1025])
+def test_a_small_batch_has_ended_when_submit_returns(op: Op, runs: int) -> None:
+    with TransferEngine(config("shm")) as far, TransferEngine(config("shm")) as near:
+        ours, theirs = near.allocate(8 * runs), far.allocate(8 * runs)
+        source, sink = (theirs, ours) if op is Op.READ else (ours, theirs)
+        source[:] = np.arange(8 * runs) % 251
+        order = np.arange(0, 8 * runs, 8, dtype=np.uint64)
+        lengths = np.full(runs, 7, np.uint64)  # the eighth is nobody's
+        batch = near.submit(
+            op,
+            near.open_segment(far.name),
+            address_of(ours) + order,
+            address_of(theirs) + order,
+            lengths,
+        )
+        if runs <= 1024:  # else it is two slices
+            assert batch.poll() is not None
+        assert batch.wait(10).ok
+        want = source.reshape(-1, 8).copy()
+        want[:, 7] = 0
+        assert np.array_equal(sink.reshape(-1, 8), want)
+
+
+@pytest.mark.parametrize("op", list(Op))
+def test_a_small_batch_finds_out_that_the_peer_has_closed(op: Op) -> None:
+    with TransferEngine(config("shm")) as near:
+        with TransferEngine(config("shm")) as far:
+            theirs = np.zeros(64, np.uint8)  # stays mapped, unlike what `allocate` gives
+            far.register_memory(theirs)
+            ours = near.allocate(64)
+            ours[:] = 1
+            segment = near.open_segment(far.name)
+            row = [(address_of(ours), address_of(theirs), 64)]
+            assert near.transfer("read", segment, row).ok
+        for _ in range(2):  # a spent lane is replaced
+            end = near.submit(op, segment, row).poll()
+            assert end is not None
+            assert end.status is Status.PEER_GONE
+        assert not theirs.any()
+
+
+def test_a_long_wait_for_the_interpreter_lock_is_believed_for_a_while() -> None:
+    crowding = Crowding()
+    assert not crowding.crowded
+    with crowding.watched():
+        threading.Event().wait(10 * LONG_S)  # what waiting for the lock looks like from here
+    assert crowding.crowded
+    threading.Event().wait(BELIEVED_S)
+    assert not crowding.crowded
