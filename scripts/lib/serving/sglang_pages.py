@@ -13,6 +13,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import msgspec
+from harness.process import ServerFailed
 from rich.table import Table
 
 from serving.setup import Load, LoadFigures, SetupFailed
@@ -31,7 +32,7 @@ ENGINES = {"ours, tcp": Plan(protocol="tcp"), STOCK: Plan(backend=STOCK)}
 
 
 class Pages(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of the load; `error` in place of the rest where the servers did not start.
+    """One run of the load; `error` in place of the rest where servers did not start, or failed.
 
     Attributes:
         engine: Ours or the peer's.
@@ -89,27 +90,30 @@ def measure(place: Place, runs: Sequence[Load]) -> list[Pages]:
                 for engine, running in up.items():
                     with place.console.status(f"{engine}, page size {page_size}, run {run}"):
                         file = place.logs / f"{engine.split(',')[0]}-page-{page_size}-run-{run}"
-                        rows.append(_one(running, load, file, engine, page_size, run))
+                        row = Pages(engine=engine, page_size=page_size, run=run)
+                        rows.append(one(running, load, file, row))
     return rows
 
 
-def _one(running: Running, load: Load, file: Path, engine: str, page_size: int, run: int) -> Pages:
-    before = running.timers()
-    figures = running.load(load, file)
-    gained = {key: value - before[key] for key, value in running.timers().items()}
-    return Pages(
-        engine=engine,
-        page_size=page_size,
-        run=run,
+def one(running: Running, load: Load, file: Path, row: Pages) -> Pages:
+    """Give one pair the load; `row` with what came of it."""
+    try:
+        before = running.timers()
+        figures = running.load(load, file)
+        gained = {key: value - before[key] for key, value in running.timers().items()}
+    except (ServerFailed, OSError) as failed:  # a collapse may be so deep that requests time out
+        return msgspec.structs.replace(row, error=str(failed))
+    return msgspec.structs.replace(
+        row,
         load=figures,
-        gb_s=gained["sglang_bytes"] / gained["sglang_seconds"] / 1e9,
+        gb_s=gained["sglang_bytes"] / max(gained["sglang_seconds"], 1e-9) / 1e9,
         pieces=gained.get("descriptors", 0) / load.requests,
         merged=gained.get("runs", 0) / load.requests,
     )
 
 
 def table(rows: Sequence[Pages]) -> Table:
-    """What the terminal shows; the text of what did not start is in the JSON."""
+    """What the terminal shows; why one failed is in the JSON."""
     shown = Table(caption=f"{OUTPUT_TOKENS} tokens generated; latencies in milliseconds")
     for heading in ("engine", "page size", "run", "tokens/s", "TTFT mean/P99", "ITL mean/P99"):
         shown.add_column(heading, justify="left" if heading == "engine" else "right")
@@ -118,7 +122,7 @@ def table(rows: Sequence[Pages]) -> Table:
     for row in rows:
         start = [row.engine, str(row.page_size)]
         if row.load is None:
-            shown.add_row(*start, "-", "did not start")
+            shown.add_row(*start, str(row.run) if row.run else "-", "failed")
             continue
         ttft, itl = row.load.ttft, row.load.itl
         shown.add_row(

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from harness.process import ServerFailed
 from harness.sglang import BACKEND
-from serving.setup import PAGE_SIZE, Load, LoadFigures, SetupFailed, Spread
+from serving.setup import PAGE_SIZE, Load, LoadFigures, Running, SetupFailed, Spread
 from serving.sglang_load import command, figures
 from serving.sglang_overlap import CHUNK, PROMPTS, Overlap
-from serving.sglang_pages import Pages, loads, table
+from serving.sglang_pages import Pages, loads, one, table
 from serving.sglang_servers import STOCK, Plan
 from serving.sglang_setups import setups
 from serving.sglang_timers import OF_DECODE, OF_PREFILL, settled, timing, totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from harness.completions import Reply
 
 LOAD = Load(requests=8, rate=0.5, input_tokens=2048, output_tokens=32, seed=3)
 
@@ -195,3 +198,16 @@ def test_ours_is_timed_by_its_own_reads_and_a_peer_by_what_sglang_says_of_it(
     assert (ours["seconds"], ours["batches"]) == (0.125, 10)
     assert peers["seconds"] == peers["sglang_seconds"] == pytest.approx(0.2)
     assert (peers["bytes"], peers["batches"]) == (2 << 20, 10)
+
+
+def test_a_load_that_a_pair_does_not_survive_is_a_row_that_failed(tmp_path: Path) -> None:
+    def load(_load: Load, file: Path) -> LoadFigures:
+        raise ServerFailed(f"3 of 8 requests succeeded; see {file}")
+
+    def ask(_prompt: list[int], _tokens: int) -> Reply:
+        raise AssertionError("the load is not single requests")
+
+    running = Running(url="http://h:1", ask=ask, load=load)
+    row = one(running, LOAD, tmp_path / "a.json", Pages(engine=STOCK, page_size=1, run=2))
+    assert (row.engine, row.page_size, row.run, row.load) == (STOCK, 1, 2, None)
+    assert "3 of 8 requests succeeded" in row.error
