@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[3]
 PEERS_PYTHON = ROOT / ".venv-vllm-peers" / "bin" / "python"
 #: Tokens that one engine step computes at most: a prompt of 4096 is three chunks.
 CHUNK_TOKENS = 1536
-# Two longest requests and some, at 64 KiB a token.
-KV_BYTES = 768 << 20
+# Two of the longest requests, at 64 KiB a token; more would cost set-ups that are up together.
+KV_BYTES = 640 << 20
 FLAGS = (
     *("--enforce-eager", "--dtype", "float32", "--block-size", str(PAGE_SIZE)),
     *("--max-model-len", str(MAX_TOKENS), "--max-num-seqs", "8"),
