@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -75,11 +76,16 @@ def _serve(options: Options) -> None:
         raise ConfigError(
             f"cannot listen at {host}:{port}: {error.strerror}; name another --seg_name"
         ) from error
-    with server, contextlib.suppress(KeyboardInterrupt):
+    with server:
+        # Set and not left to KeyboardInterrupt: a shell starts what is in the background with
+        # SIGINT ignored.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.stop())
         typer.echo(
             "To start initiators, run mooncake-connector bench transfer "
             f"--target_seg_name={server.address} --protocol={options.protocol}"
         )
+        sys.stdout.flush()  # who started us with a pipe waits for this line
         server.serve(typer.echo)
 
 
@@ -100,7 +106,7 @@ class _Run:
         self._rows = rows
         self._lines: list[Line] = []
         self._turns: list[Turn] = []
-        self._notices = [lineup.no_limit] if lineup.no_limit else []
+        self._notices: list[str] = []
         self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._deadline = time.monotonic() + 60 * options.minutes
 
@@ -108,8 +114,8 @@ class _Run:
         """Every row in turn; lines are printed as they are known."""
         blanks = [blank_lines(case, self._options.op, self.lineup) for case in self._rows]
         shown = columns([line for row in blanks for line in row], peers=bool(self.lineup.others))
-        for notice in self._notices:
-            typer.echo(notice, err=True)
+        if self.lineup.no_limit:
+            self._say(self.lineup.no_limit)
         typer.echo(heading(shown))
         workloads = [self._workload(case) for case in self._rows]
         nbytes = max((one.buffer_bytes for one in workloads if one.work), default=0)
@@ -168,8 +174,12 @@ class _Run:
         for failure in outcome.failures:
             typer.echo(failure.text, err=True)
         if self._options.rounds:
-            self._notices.append(f"{workload.name}: ended with {outcome.ended}")
+            self._say(f"{workload.name}: ended after {outcome.ended}")
         return outcome
+
+    def _say(self, notice: str) -> None:
+        self._notices.append(notice)
+        typer.echo(notice, err=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -64,7 +63,6 @@ def test_a_target_and_its_initiator_are_two_commands_and_ctrl_c_ends_the_target(
 ) -> None:
     with subprocess.Popen(
         command("--mode=target"),
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
