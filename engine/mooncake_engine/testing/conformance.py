@@ -67,14 +67,15 @@ class Pair:
 
     def submit(self, op: Op, segment: Segment, runs: Runs, grant: bytes = b"") -> Batch:
         """Submit runs given as offsets."""
-        return self.initiator.submit(
-            op,
-            segment,
-            runs.local + np.uint64(self.address),
-            runs.remote + np.uint64(self.target.address),
-            runs.lengths,
-            grant=grant,
-        )
+        return self.initiator.submit(op, segment, *self._addresses(runs), grant=grant)
+
+    def transfer(self, op: Op, segment: Segment, runs: Runs) -> Completion:
+        """Move runs given as offsets, on this thread where that can be."""
+        return self.initiator.transfer(op, segment, *self._addresses(runs))
+
+    def _addresses(self, runs: Runs) -> Runs:
+        here, there = np.uint64(self.address), np.uint64(self.target.address)
+        return Runs(runs.local + here, runs.remote + there, runs.lengths)
 
 
 class Runs(NamedTuple):
@@ -144,9 +145,13 @@ def expect(completion: Completion, *statuses: Status) -> None:
         raise AssertionError(f"OK has no error, all else has one: {completion}")
 
 
-def _moves_exactly(pair: Pair, op: Op, runs: Runs) -> Completion:
+def _moves_exactly(pair: Pair, op: Op, runs: Runs, *, here: bool = False) -> Completion:
     local, remote = pair.fill()
-    end = pair.submit(op, pair.open(), runs).wait(LIMIT_S)
+    if here:
+        end = pair.transfer(op, pair.open(), runs)
+    else:
+        batch = pair.submit(op, pair.open(), runs)
+        end = batch.wait(LIMIT_S)
     expect(end, Status.OK)
     into, source = (local, remote) if op is Op.READ else (remote, local)
     to, out_of = runs[:2] if op is Op.READ else runs[1::-1]
@@ -165,6 +170,14 @@ def scattered_runs_arrive_exactly(pair: Pair) -> None:
     """Both ways, more runs than one system call takes, overlapping sources, nothing else moved."""
     for op in Op:
         _moves_exactly(pair, op, scattered(3, op, pair.target.length, 3000))
+
+
+@_check(length=MIB)
+def what_the_calling_thread_moves_arrives_exactly(pair: Pair) -> None:
+    """From one run to more than one slice, again and again on the lanes that others opened."""
+    for op in Op:
+        for count in (1, 2, 16, 17, 100, 1024, 3000):
+            _moves_exactly(pair, op, scattered(count, op, pair.target.length, count), here=True)
 
 
 @_check(length=MIB)
