@@ -60,9 +60,9 @@ def run(options: Options) -> None:
     try:
         run_of_all.measure(logs)
     finally:
+        if not run_of_all.failures:  # their texts name the logs
+            shutil.rmtree(logs)
         run_of_all.write()
-    if not run_of_all.failures:
-        shutil.rmtree(logs)
     if any(failure.variant == run_of_all.lineup.ours.name for failure in run_of_all.failures):
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -24,7 +25,12 @@ def command(*arguments: str) -> list[str]:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=50
+        command(*arguments),
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=50,
     )
 
 
@@ -56,6 +62,7 @@ def test_a_sweep_checks_every_byte_and_its_json_has_what_the_table_shows(tmp_pat
             assert figures.between >= figures.mean > 0
             assert figures.rounds == 1
     assert len(result.turns) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]  # its logs are gone
 
 
 def test_a_target_and_its_initiator_are_two_commands_and_ctrl_c_ends_the_target(
@@ -92,6 +99,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(tmp_path: Path) -> None
 
 
 def test_a_target_that_is_not_there_is_named_and_ends_the_run(tmp_path: Path) -> None:
-    done = run(tmp_path, "--target_seg_name", "127.0.0.1:1", "--block_size", "4K", *SMALL)
+    done = run(tmp_path, "--target_seg_name", "127.0.0.1:1", "--max_block_size", "8K", *SMALL)
     assert done.returncode == 1
     assert "no benchmark target answers at 127.0.0.1:1" in done.stderr
+    assert done.stdout.count("no benchmark target answers") == 1  # no second row is tried
