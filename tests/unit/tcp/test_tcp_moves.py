@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mooncake_engine.errors import LaneError, PathUnavailable
 from mooncake_engine.transport.tcp import wire
+from mooncake_engine.transport.tcp.stream import Stream
 from mooncake_engine.types import Op, Status
 from tcp_sides import OtherProcess, Side, port_of, record_of, scattered, slice_of, soon
 
@@ -349,3 +350,18 @@ def test_a_peer_without_a_tcp_endpoint_is_named(start: Start) -> None:
     record.endpoints.clear()
     with pytest.raises(PathUnavailable, match="peer published no tcp endpoint"):
         start().transport.connect(record)
+
+
+def test_a_connection_that_stays_on_this_machine_has_small_buffers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = Stream(socket.create_connection(listener.getsockname()))
+        far = Stream(
+            socket.create_connection(listener.getsockname(), source_address=("127.0.0.2", 0))
+        )
+    kernels_own = far._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    # The kernel doubles what is asked for, and may be told to give less.
+    asked = near._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    near.close()
+    far.close()
+    assert asked != kernels_own
+    assert asked <= 2 * 256 << 10

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 TICK_S = 1.0  # the socket's own time-out while a far deadline runs: one setsockopt, not one a call
 
+# Of a connection that stays on this machine: what the sender copied is still in the cache when the
+# receiver copies it, and both take turns more often. 2048 x 128 KiB on two cores that others wanted
+# too: 91 instead of 253 ms read, 81 instead of 303 ms written; 128 and 512 KiB are worse. Over a
+# network the kernel's own choice grows with the round trip.
+_NEAR_BUFFER = 256 << 10
+
 _RECEIVE = socket.SO_RCVTIMEO
 _SEND = socket.SO_SNDTIMEO
 
@@ -56,6 +62,9 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        if _is_near(sock):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, _NEAR_BUFFER)
         self._fd = sock.fileno()
         self._message = Message()
         self._timeouts: dict[int, float] = {}
@@ -162,3 +171,12 @@ class Stream:
         if self._timeouts.get(option) != seconds:
             sockets.set_timeout(self._socket, option, seconds)
             self._timeouts[option] = seconds
+
+
+def _is_near(sock: socket.socket) -> bool:
+    """Are both ends on this machine? Then they have the same address."""
+    try:
+        here, there = sock.getsockname(), sock.getpeername()
+    except OSError:  # it has ended already; its first use will say so
+        return False
+    return bool(here[0] == there[0])
