@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import platform
 import sys
@@ -18,14 +19,19 @@ from harness.servers import Servers
 from peers import alone, drawing
 from peers.rows import OURS, PEERS, Group, groups, quick
 from peers.table import variant_table, verdict_table
-from peers.verdicts import Verdict, verdicts
+from peers.verdicts import Verdict, in_the_running, joined, verdicts
 
 from mooncake_connector.bench.rounds import Pairs, Plan, run_rounds
 from mooncake_connector.bench.turns import Failure, Turn
 
 if TYPE_CHECKING:
-    from mooncake_connector.bench.base import Backend, Variant
+    from mooncake_connector.bench.base import Backend, Route, Variant
+    from mooncake_connector.bench.turns import Outcome
 
+#: Of a group's time, what its first round may take: it starts processes and compares bytes.
+FIRST_ROUND = 0.5
+#: Groups with smaller buffers share processes, whose pages one cannot have of every size.
+SMALL = 64 << 20
 DESCRIPTORS, CONTACT = "descriptors", "contact"
 #: A turn's own time, its warm-up, and what stopping, preparing and sampling take beside.
 WARM_UP_S, BESIDE_S = 0.25, 0.25
@@ -68,13 +74,10 @@ class Bench:
         self.turns: list[Turn] = []
         self.failures: list[Failure] = []
 
-    def group(self, group: Group, variants: list[Variant], limit_s: float) -> None:
+    def group(self, group: Group, variants: list[Variant], pairs: Pairs, limit_s: float) -> None:
         """Measure one group and print what its variants did."""
         tell(f"{group.title}: {len(variants)} variants, at most {limit_s:.0f} s")
-        plan = msgspec.structs.replace(self._plan, turn_s=group.turn_s, limit_s=limit_s)
-        nbytes = max(workload.buffer_bytes for workload in group.workloads)
-        with Pairs(nbytes, self._logs) as pairs:
-            outcome = run_rounds(pairs, variants, group.workloads, plan, _told)
+        outcome = self._measured(group, variants, pairs, time.monotonic() + limit_s)
         limits = [variant.name for variant in variants if variant.is_limit]
         self.verdicts += verdicts(group, outcome, limits)
         self.ended[group.key] = outcome.ended
@@ -83,6 +86,26 @@ class Bench:
         for workload in group.workloads:
             print(f"\n{variant_table(workload, outcome)}", flush=True)
         tell(f"{group.title}: {outcome.ended}")
+
+    def _measured(self, group: Group, variants: list[Variant], pairs: Pairs, end: float) -> Outcome:
+        """A round of all, then the other rounds of those that are in the running."""
+
+        def rounds(taking: list[Variant], count: int, share: float) -> Outcome:
+            plan = msgspec.structs.replace(
+                self._plan,
+                rounds=count,
+                turn_s=group.turn_s,
+                limit_s=max(0.0, share * (end - time.monotonic())),
+            )
+            return run_rounds(pairs, taking, group.workloads, plan, _told)
+
+        if self._plan.rounds == 1 or self._plan.at_most:
+            return rounds(variants, self._plan.rounds, 1.0)
+        first = rounds(variants, 1, FIRST_ROUND)
+        running = in_the_running(variants, first)
+        if len(running) < len(variants):
+            tell(f"{len(variants) - len(running)} variants were far behind their engine's best")
+        return joined(first, rounds(running, self._plan.rounds - 1, 1.0))
 
     def descriptors(self, variants: list[Variant]) -> None:
         """The row of 100 000 descriptors."""
@@ -118,11 +141,8 @@ def main() -> None:
     bench = Bench(plan, logs)
     wanted = [group for group in groups() if not options.only or group.key in options.only]
     taking = [(group, _variants(group)) for group in wanted]
-    end = time.monotonic() + 60 * options.minutes
     try:
-        for number, (group, variants) in enumerate(taking):
-            weights = [_weight(*each) for each in taking[number:]]
-            bench.group(group, variants, (end - time.monotonic()) * weights[0] / sum(weights))
+        _by_turns(bench, taking, time.monotonic() + 60 * options.minutes, logs)
         ours = [_backend("ours").variants(route)[0] for route in OURS]
         if not options.only or DESCRIPTORS in options.only:
             bench.descriptors(ours)
@@ -143,13 +163,35 @@ def main() -> None:
     sys.exit(any(failure.variant in OURS.values() for failure in bench.failures))
 
 
+def _by_turns(
+    bench: Bench, taking: list[tuple[Group, list[Variant]]], end: float, logs: Path
+) -> None:
+    """All groups; those of one route and about one size share their processes."""
+    left = sorted(taking, key=lambda each: _place(each[0]))
+    for _, each in itertools.groupby(left.copy(), key=lambda each: _place(each[0])):
+        sharing = list(each)
+        with Pairs(max(group.buffer_bytes for group, _ in sharing), logs) as pairs:
+            for group, variants in sharing:
+                weights = [_weight(*one) for one in left]
+                limit_s = (end - time.monotonic()) * weights[0] / sum(weights)
+                bench.group(group, variants, pairs, limit_s)
+                left.pop(0)
+    order = [group.title for group, _ in taking]
+    bench.verdicts.sort(key=lambda verdict: order.index(verdict.row))
+
+
+def _place(group: Group) -> tuple[Route, bool]:
+    return group.route, group.buffer_bytes < SMALL
+
+
 def _quick(plan: Plan, logs: Path) -> int:
     """Do the tools work, and is the coarse ratio the right way round?"""
     group = quick()
     bench = Bench(
         msgspec.structs.replace(plan, rounds=3, at_most=3, retakes=0, warm_up_s=0.1), logs
     )
-    bench.group(group, _variants(group), limit_s=45.0)
+    with Pairs(group.buffer_bytes, logs) as pairs:
+        bench.group(group, _variants(group), pairs, limit_s=40.0)
     print(f"\n{verdict_table(bench.verdicts)}")
     return 0 if all(verdict.met for verdict in bench.verdicts) else 1
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from mooncake_connector.bench.base import Transfer
 
 # The log of a side is read by people: connection pools tell of each connection at INFO.
-_TCP = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "WARNING"}
+# Its default patience ends a run on a machine that is very busy, and with it the variant's turns.
+_PATIENCE = {"MC_TCP_STATUS_TIMEOUT_SEC": "60", "MC_TCP_PROGRESS_TIMEOUT_SEC": "60"}
+_TCP = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "WARNING"} | _PATIENCE
 _POOL = {"MC_TCP_ENABLE_CONNECTION_POOL": "1"}
 # The engine reads the first for RDMA and, in 0.3.13, the second for TCP; older wheels know one.
 _SLICES = {"MC_SLICE_SIZE": str(1 << 20), "MC_TCP_SLICE_SIZE": str(1 << 20)}

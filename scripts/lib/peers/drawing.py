@@ -44,7 +44,7 @@ def draw(verdicts: Iterable[Verdict], file: Path) -> None:
         )
     axes.axvline(1, color="grey", linewidth=0.5)
     axes.set_xscale("log")
-    names = [f"{one.row}: {one.workload.rsplit(' ', 1)[-1]} / {_rival(one)}" for one in shown]
+    names = [f"{one.workload} / {_rival(one)}" for one in shown]
     axes.set_yticks(range(len(shown)), reversed(names), fontsize="small")
     axes.set_xlabel("times as fast as (black: target)")
     figure.savefig(file, bbox_inches="tight", dpi=120)

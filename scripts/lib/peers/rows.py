@@ -82,6 +82,11 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     most: tuple[str, ...] = ()
     every_ours: bool = False
 
+    @property
+    def buffer_bytes(self) -> int:
+        """What each side's buffer must hold."""
+        return max(workload.buffer_bytes for workload in self.workloads)
+
 
 def groups() -> tuple[Group, ...]:
     """All rows that are measured by turns, in the order of the table."""
@@ -252,7 +257,7 @@ def _busy_loops(route: Route) -> Group:
         backends=("ours",),
         workloads=(*quiet, *busy),
         goals=tuple(goals),
-        turn_s=1.0,
+        turn_s=0.6,
         most=(OURS[route],),
     )
 
@@ -271,7 +276,6 @@ def _busy_python(route: Route) -> Group:
         backends=("ours", limit),
         workloads=tuple(busy),
         goals=tuple(goals),
-        turn_s=0.5,
         most=(OURS[route], names),
     )
 
@@ -303,6 +307,5 @@ def _run_lengths() -> Group:
         backends=("ours", "sockets"),
         workloads=tuple(works),
         goals=(*goals, drop),
-        turn_s=0.5,
         most=(OURS[Route.TCP], SOCKETS),
     )

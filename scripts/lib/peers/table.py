@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING
 
-from mooncake_connector.bench.turns import Outcome, cpu, seconds
+from mooncake_connector.bench.turns import cpu, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mooncake_connector.bench.conditions import Workload
+    from mooncake_connector.bench.turns import Outcome
     from peers.verdicts import Verdict
 
 
@@ -51,22 +53,20 @@ def variant_table(workload: Workload, outcome: Outcome) -> str:
     lines = [(workload.name, "p50 us", "best us", "GB/s", "CPU s/GB", "valid / taken")]
     for name in names:
         own = [turn for turn in turns if turn.variant == name]
-        p50 = outcome.median(name, workload.name, seconds)
-        spent = outcome.median(name, workload.name, cpu)
+        counting = [turn for turn in own if turn.valid] or own
+        p50 = median(map(seconds, counting))
         lines.append(
             (
                 name,
-                "" if p50 is None else f"{1e6 * p50:.0f}",
+                f"{1e6 * p50:.0f}",
                 f"{1e6 * min(turn.latencies.least for turn in own):.0f}",
-                "" if p50 is None else f"{own[0].run_bytes / p50 / 1e9:.2f}",
-                "" if spent is None else f"{spent:.2f}",
+                f"{own[0].run_bytes / p50 / 1e9:.2f}",
+                f"{median(map(cpu, counting)):.2f}",
                 f"{outcome.valid_rounds(name, workload.name)} / {len(own)}",
             )
         )
-    for failure in outcome.failures:
-        if failure.workload == workload.name:
-            text = failure.text.splitlines()[0]
-            lines.append((failure.variant, f"failed: {text}", "", "", "", ""))
+    failed = [failure.variant for failure in outcome.failures if failure.workload == workload.name]
+    lines += [(name, "failed", "", "", "", "") for name in failed]
     return _markdown(lines)
 
 

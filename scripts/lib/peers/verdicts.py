@@ -10,7 +10,13 @@ from mooncake_connector.bench.turns import Outcome, Turn, cpu, seconds
 from peers.rows import Goal, Group, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
+    from mooncake_connector.bench.base import Variant
+
+
+#: See `in_the_running`: more than rounds differ by on a quiet machine, 1.2 at most.
+FAR_BEHIND = 1.5
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +60,35 @@ def verdicts(group: Group, outcome: Outcome, limits: Iterable[str]) -> list[Verd
             verdict = msgspec.structs.replace(verdict, note="no valid round: the machine was busy")
         found.append(verdict)
     return found
+
+
+def in_the_running(variants: Sequence[Variant], first: Outcome) -> list[Variant]:
+    """Those whose further rounds can matter.
+
+    An engine's variant that in the first round took more than `FAR_BEHIND` times as long as the
+    same engine's best, in every workload, has no more turns. Defaults, ours and the limits stay.
+    """
+    settled = _with_counting_turns(first)
+    workloads = dict.fromkeys(turn.workload for turn in first.turns)
+    fine = {variant.name for variant in variants if variant.backend == "ours" or variant.is_limit}
+    for backend in dict.fromkeys(variant.backend for variant in variants):
+        names = [variant.name for variant in variants if variant.backend == backend]
+        fine.add(names[0])  # as it comes
+        for workload in workloads:
+            medians = {name: settled.median(name, workload, seconds) for name in names}
+            known = {name: median for name, median in medians.items() if median is not None}
+            limit = FAR_BEHIND * min(known.values(), default=0.0)
+            fine |= {name for name, median in known.items() if median <= limit}
+    return [variant for variant in variants if variant.name in fine]
+
+
+def joined(first: Outcome, then: Outcome) -> Outcome:
+    """Both, the second's rounds after the first's."""
+    start = 1 + max((turn.round for turn in first.turns), default=-1)
+    later = tuple(msgspec.structs.replace(t, round=t.round + start) for t in then.turns)
+    return Outcome(
+        turns=first.turns + later, failures=first.failures + then.failures, ended=then.ended
+    )
 
 
 def _with_counting_turns(outcome: Outcome) -> Outcome:

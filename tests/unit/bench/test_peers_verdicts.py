@@ -4,9 +4,9 @@ import pytest
 from peers.blocks import KIB, scattered
 from peers.rows import Goal, Group, Kind
 from peers.table import variant_table, verdict_table
-from peers.verdicts import Verdict, verdicts
+from peers.verdicts import Verdict, in_the_running, joined, verdicts
 
-from mooncake_connector.bench.base import Route
+from mooncake_connector.bench.base import Route, Variant
 from mooncake_connector.bench.conditions import Condition, workload
 from mooncake_connector.bench.percentiles import Latencies
 from mooncake_connector.bench.turns import Failure, Outcome, Turn
@@ -158,3 +158,48 @@ def test_the_variants_table_has_the_fastest_first_and_those_that_failed() -> Non
     lines = variant_table(WORK, Outcome(turns=turns, failures=(failure,), ended="")).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["NIXL tcp", "ours tcp", "gloo"]
     assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_only_variants_far_behind_their_own_engines_best_have_no_more_turns() -> None:
+    variants = [
+        Variant(backend=backend, name=name, route=Route.TCP, is_limit=backend == "sockets")
+        for backend, name in (
+            ("ours", "ours tcp"),
+            ("nixl", "NIXL tcp"),
+            ("nixl", "NIXL tcp, prepped"),
+            ("nixl", "NIXL tcp, slow"),
+            ("gloo", "gloo"),
+            ("sockets", "C sockets, 4 streams"),
+        )
+    ]
+    times = {
+        "ours tcp": 9.0,
+        "NIXL tcp": 5.0,
+        "NIXL tcp, prepped": 1.0,
+        "NIXL tcp, slow": 1.6,
+        "gloo": 8.0,
+        "C sockets, 4 streams": 7.0,
+    }
+    first = Outcome(turns=tuple(turn(n, s) for n, s in times.items()), failures=(), ended="")
+    left = {variant.name for variant in variants} - {
+        variant.name for variant in in_the_running(variants, first)
+    }
+    assert left == {"NIXL tcp, slow"}
+
+
+def test_a_variant_that_is_good_at_one_workload_stays() -> None:
+    variants = [
+        Variant(backend="nixl", name=name, route=Route.TCP) for name in ("plain", "one", "other")
+    ]
+    turns = [turn("one", 1.0), turn("other", 2.0), turn("plain", 2.0)]
+    turns += [turn(v, s, work="b") for v, s in (("one", 2.0), ("other", 1.0), ("plain", 2.0))]
+    running = in_the_running(variants, Outcome(turns=tuple(turns), failures=(), ended=""))
+    assert [variant.name for variant in running] == ["plain", "one", "other"]
+
+
+def test_later_rounds_are_numbered_after_the_first_ones() -> None:
+    first = Outcome(turns=(turn("ours tcp", 0.1), turn("ours tcp", 0.1, 1)), failures=(), ended="")
+    then = Outcome(turns=(turn("ours tcp", 0.2),), failures=(), ended="enough")
+    both = joined(first, then)
+    assert [one.round for one in both.turns] == [0, 1, 2]
+    assert both.ended == "enough"
