@@ -54,8 +54,9 @@ def variants(route: Route) -> tuple[Variant, ...]:
 
     Small buffers: the halves of a stream wait for each other more often, and whoever waited is let
     in first where the cores are taken: 2048 x 128 KiB beside ten busy processes on two cores took
-    48-89 ms instead of 107-130 (lower quartiles, either way, 2 and 4 streams), at the same CPU time. Looking for bytes before waiting for them, as engines
-    do: one small piece on an idle machine.
+    48-89 ms instead of 107-130 (lower quartiles, either way, 2 and 4 streams), at the same CPU
+    time. Looking for bytes before waiting for them, as engines do: one small piece on an idle
+    machine.
     """
     if route is not Route.TCP:
         return ()
