@@ -6,7 +6,8 @@ reads took, from submit to last byte, and what prefill waited for after the last
 had released the pages. The second holds a poll of each scheduler and the row of metadata besides.
 
 The last chunk is never hidden behind another one: of three equal ones no engine can hide more than
-two thirds. So there are two prompts of three chunks, one whose last chunk is a single page.
+two thirds. So there are two prompts of three chunks, one whose last chunk is short; with a single
+page, its computation would be too short to hide the second chunk.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 CHUNK = 21 * PAGE_SIZE
 PROMPTS = {
     "3 equal chunks": 3 * CHUNK,
-    "2 chunks and a page": 2 * CHUNK + PAGE_SIZE,
+    "2 chunks and 4 pages": 2 * CHUNK + 4 * PAGE_SIZE,
 }
 REQUESTS = 5  # of each
 
