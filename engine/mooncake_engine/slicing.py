@@ -27,6 +27,10 @@ MAX_RUNS = 1024
 #: A batch is not cut finer than this to occupy more lanes: waking a second thread costs about
 #: 50 us on a virtual machine, copying 1 MiB about 200.
 MIN_SHARE = 1 << 20
+#: A lane's share beyond this comes in several slices, as far as the link's limit lets it: a lane
+#: whose core is busy with something else then takes fewer of them.
+FINE_BYTES = 8 << 20
+SLICES_PER_LANE = 4
 
 
 class Runs(NamedTuple):
@@ -73,7 +77,7 @@ def descriptors(
 
 
 def merge(op: Op, given: Runs) -> Runs:
-    """Order runs by destination and join neighbours that touch on both sides.
+    """Join neighbours that touch on both sides; many runs are ordered by destination, too.
 
     The remote side must be bounds-checked already, so that no length is absurd and no sum of
     them wraps. The result never aliases `given`: the
@@ -136,7 +140,8 @@ def cut(op: Op, runs: Runs, grant: bytes, slice_bytes: int, lanes: int = 1) -> l
     if lengths.size <= MAX_RUNS and nbytes <= min(slice_bytes, MIN_SHARE):
         return [Slice(op, *runs, nbytes, grant)]
     ends = np.cumsum(lengths)
-    share = -(-int(ends[-1]) // lanes)
+    share = -(-nbytes // lanes)
+    share = max(min(share, FINE_BYTES), share // SLICES_PER_LANE)
     size = np.uint64(min(slice_bytes, max(MIN_SHARE, share)))
     starts = ends - lengths
     cell = starts // size  # the run's bytes, laid end to end, on a grid of slices
