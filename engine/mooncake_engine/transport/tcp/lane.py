@@ -58,14 +58,14 @@ class TcpLane(Lane):
                 refusal = self._ask(piece, deadline)
         except (OSError, EOFError, DeadlinePassed, wire.Malformed, LaneError) as failure:
             # Nobody knows where the next frame starts; what still arrives must find no lane.
-            self._stream.shutdown()
+            self._give_up()
             status, reason = explain(failure)
             if self._interrupted:
                 status, reason = Status.CANCELLED, "the lane was interrupted"
             self._spent = reason
             raise self._error(status, piece, reason) from failure
         except BaseException:  # Ctrl-C, where the caller's own thread moves the slice
-            self._stream.shutdown()
+            self._give_up()
             self._spent = "the thread that used it was interrupted"
             raise
         if refusal:
@@ -104,6 +104,10 @@ class TcpLane(Lane):
 
     def _ask(self, piece: Slice, deadline: float) -> str:
         return self._exchange.move(piece, next(self._request_ids), deadline)
+
+    def _give_up(self) -> None:
+        self._stream.shutdown()
+        self._stream.reset_on_close()  # a target that still sends is told, and frees its thread
 
     def _reopen(self) -> None:
         # Not interruptible, but its kernel answered just now; the greeting is.

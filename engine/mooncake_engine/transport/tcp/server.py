@@ -81,7 +81,10 @@ class Server:
             _log.warning(_CLOSED, peer, reason)
         except (DeadlinePassed, BlockingIOError):
             _log.warning(_CLOSED, peer, "it stopped in mid-frame")
-        except (OSError, EOFError) as failure:
+        except EOFError:
+            _log.debug("tcp lane of %s was ended in mid-frame", peer)
+            stream.reset_on_close()
+        except OSError as failure:
             _log.debug("tcp lane of %s ended in mid-frame: %r", peer, failure)
         finally:
             with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,14 @@ class Stream:
         """End both directions: a blocked call returns at once. Any thread; idempotent."""
         with self._open, contextlib.suppress(OSError):  # closed, or the peer was faster
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def reset_on_close(self) -> None:
+        """Tell the peer at once that nobody reads what it still sends.
+
+        A receiver that was shut down announces no more room, and its closed socket answers no
+        question for any: a peer that had filled it would wait until its TCP_USER_TIMEOUT, 10 s.
+        """
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
 
     def close(self) -> None:
         """Close the socket; never while a call runs. Idempotent."""
