@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=float, default=0.3, help="requests a second")
     add("--input-len", type=_positive, default=2048, metavar="TOKENS")
     add("--output-len", type=_positive, default=32, metavar="TOKENS")
-    add("--repeats", type=_positive, default=2, help="single requests of each length, in a turn")
+    add("--repeats", type=_positive, default=1, help="single requests of each length, in a turn")
     add("--json", type=Path, metavar="FILE", help="write all rounds")
     add("--plot", type=Path, metavar="FILE", help="draw a .png, or one page of .html")
     yours = made.add_argument_group("servers that you run; nothing is started")

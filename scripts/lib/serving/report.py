@@ -45,7 +45,7 @@ def table(result: Result, rows: list[Row]) -> Table:
     shown = Table(
         caption=f"latencies in ms, mean / P99, medians of rounds; {load.requests} requests of "
         f"{load.input_tokens} tokens at {load.rate:g}/s, {load.output_tokens} generated; "
-        "handover: one request at a time",
+        "handover: one request at a time, the usual order / both legs at once",
     )
     shown.add_column("configuration")
     lengths = sorted({one.tokens for row in rows for each in row.rounds for one in each.handed})
@@ -73,10 +73,15 @@ def _cells(of: Summary, lengths: list[int]) -> list[str]:
         f"{_number(of.ttft_mean, 0)} / {_number(of.ttft_p99, 0)}",
         _number(of.tpot_mean),
         f"{_number(of.itl_mean)} / {_number(of.itl_p99)}",
-        *(_number(of.handover.get(length, math.nan)) for length in lengths),
+        *(_both(of, length) for length in lengths),
         f"{of.equal}/{of.asked}" if of.asked else "",
         f"{of.rounds} ({of.valid})",
     ]
+
+
+def _both(of: Summary, length: int) -> str:
+    styles = [_number(each.get(length, math.nan)) or "-" for each in (of.handover, of.at_once)]
+    return " / ".join(styles) if of.asked else ""
 
 
 def _number(value: float, digits: int = 1) -> str:

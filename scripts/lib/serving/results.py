@@ -19,6 +19,8 @@ class Handed(msgspec.Struct, frozen=True, kw_only=True):
         prefill_ms: The request's start to prefill's response.
         step_ms: Mean time between two tokens of the same prompt on the aggregated server.
         equal: Decode's tokens are the aggregated server's.
+        at_once: Both legs were sent at once, so decode's own preparation lies behind the prefill:
+            only handovers of one style are compared.
     """
 
     tokens: int
@@ -26,6 +28,7 @@ class Handed(msgspec.Struct, frozen=True, kw_only=True):
     prefill_ms: float
     step_ms: float
     equal: bool
+    at_once: bool = False
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):

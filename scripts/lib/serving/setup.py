@@ -128,8 +128,9 @@ class Running:
         decode: URLs of the decode servers.
         metrics: URLs with a `/metrics`, where there are any.
         ask: One request through `url`.
-        hand: One request, both legs by the client; None where nothing is handed over.
-        hand_at_once: Ditto, so that the transfer overlaps with the prefill, where `hand` does not.
+        hand: One request, both legs by the client, in the framework's usual order; None where
+            there is none.
+        hand_at_once: Ditto, both legs at once, where the usual order is prefill first.
         load: The framework's own benchmark.
         timers: The connector's own counts.
         pause: Called after each turn.

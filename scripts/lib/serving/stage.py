@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from harness.completions import CompletionFailed, token_prompt
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from harness.completions import Reply
 
-    from serving.setup import Load, Place, Running, Setup
+    from serving.setup import Hand, Load, Place, Running, Setup
 
 TOKENS = 9  # of a single request: eight steps to take the mean of
 Failures = (CompletionFailed, ServerFailed, OSError)
@@ -119,16 +120,26 @@ def _take_rounds(
         place.console.print(f"round {number} of {plan.rounds} took {longest:.0f} s")
 
 
-def prompts(plan: Plan, number: int) -> dict[tuple[int, int], list[int]]:
-    """(Length, repeat) -> token ids, new in each round, so that no prefix cache has seen them."""
+class Single(NamedTuple):
+    """One single request: its prompt's length, how many came before it, and how it is sent."""
+
+    length: int
+    repeat: int
+    at_once: bool
+
+
+def prompts(plan: Plan, number: int) -> dict[Single, list[int]]:
+    """Token ids, new in each round and for each style: no prefix cache has seen them."""
+    singles = itertools.product(plan.prompts, range(plan.repeats), (False, True))
     return {
-        (length, repeat): token_prompt(length, seed=(number * 100 + repeat) * 100_000 + length)
-        for length in plan.prompts
-        for repeat in range(plan.repeats)
+        Single(length, repeat, at_once): token_prompt(
+            length, seed=((number * 100 + repeat) * 2 + at_once) * 100_000 + length
+        )
+        for length, repeat, at_once in singles
     }
 
 
-def _expected(running: Running | None, plan: Plan, number: int) -> dict[tuple[int, int], Reply]:
+def _expected(running: Running | None, plan: Plan, number: int) -> dict[Single, Reply]:
     """The aggregated server's answers; nothing when there is none, and then nothing is handed."""
     if running is None:
         return {}
@@ -143,7 +154,7 @@ def _expected(running: Running | None, plan: Plan, number: int) -> dict[tuple[in
 
 def _turn(
     running: Running,
-    known: dict[tuple[int, int], Reply],
+    known: dict[Single, Reply],
     plan: Plan,
     place: Place,
     number: int,
@@ -157,8 +168,9 @@ def _turn(
         running.resume()
         before, counted = machine.sample(), running.timers()
         for key, prompt in prompts(plan, number).items():
-            if running.hand is not None and key in known:
-                handed.append(_handed(running, prompt, known[key]))
+            hand = running.hand_at_once if key.at_once else running.hand
+            if hand is not None and key in known:
+                handed.append(_handed(hand, prompt, known[key], at_once=key.at_once))
         load = msgspec.structs.replace(plan.load, seed=plan.load.seed + number)
         figures = running.load(load, place.logs / f"{name}-{number}.json")
     except Failures as failed:
@@ -177,15 +189,15 @@ def _turn(
     )
 
 
-def _handed(running: Running, prompt: list[int], expected: Reply) -> Handed:
-    assert running.hand is not None, "asked of set-ups that hand over"
-    seen = running.hand(prompt, TOKENS)
+def _handed(hand: Hand, prompt: list[int], expected: Reply, *, at_once: bool) -> Handed:
+    seen = hand(prompt, TOKENS)
     return Handed(
         tokens=len(prompt),
         handover_ms=seen.handover_s(expected.itl_s) * 1e3,
         prefill_ms=(seen.prefill_answered - seen.sent) * 1e3,
         step_ms=expected.itl_s * 1e3,
         equal=seen.tokens == expected.tokens,
+        at_once=at_once,
     )
 
 

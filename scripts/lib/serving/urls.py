@@ -87,5 +87,12 @@ def _opened(url: str, pair: tuple[str, ...], model: str, place: Place) -> Iterat
     def load(wanted: Load, result: Path) -> LoadFigures:
         return vllm_load.run(url, str(place.model), wanted, result, model)
 
-    hand = None if not pair else first if pair[2:] == () else at_once
-    yield Running(url=url, prefill=pair[:1], decode=pair[1:2], ask=ask, hand=hand, load=load)
+    yield Running(
+        url=url,
+        prefill=pair[:1],
+        decode=pair[1:2],
+        ask=ask,
+        hand=first if len(pair) == len(("prefill", "decode")) else None,
+        hand_at_once=at_once if pair[2:] else None,
+        load=load,
+    )

@@ -13,7 +13,7 @@ from mooncake_connector.bench.load import is_valid
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from serving.results import Round, Row
+    from serving.results import Handed, Round, Row
 
 FEWEST_VALID = 3  # rounds; with fewer, the verdict takes all and says so
 
@@ -24,7 +24,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         rounds: Whole rounds in the medians.
         valid: Rounds in which other work took no more than 0.2 of a core.
-        handover: Prompt tokens -> median over requests.
+        handover: Prompt tokens -> median over requests, prefill first or as SGLang has it.
+        at_once: Ditto, both legs at once.
         equal: Requests whose tokens were the aggregated server's, of `asked`.
     """
 
@@ -36,6 +37,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     itl_mean: float
     itl_p99: float
     handover: dict[int, float]
+    at_once: dict[int, float]
     equal: int
     asked: int
     rounds: int
@@ -64,7 +66,6 @@ def summary(row: Row) -> Summary:
     rounds = counted(row.rounds)
     loads = [each.load for each in rounds if each.load is not None]
     handed = [one for each in rounds for one in each.handed]
-    lengths = sorted({one.tokens for one in handed})
     return Summary(
         name=row.name,
         output_tokens_s=_median([load.output_tokens_s for load in loads]),
@@ -73,10 +74,8 @@ def summary(row: Row) -> Summary:
         tpot_mean=_median([load.tpot.mean for load in loads]),
         itl_mean=_median([load.itl.mean for load in loads]),
         itl_p99=_median([load.itl.p99 for load in loads]),
-        handover={
-            length: _median([one.handover_ms for one in handed if one.tokens == length])
-            for length in lengths
-        },
+        handover=_handovers([one for one in handed if not one.at_once]),
+        at_once=_handovers([one for one in handed if one.at_once]),
         equal=sum(one.equal for one in handed),
         asked=len(handed),
         rounds=len(rounds),
@@ -101,11 +100,14 @@ def _compared(ours: Row, peer: Row) -> list[Ratio]:
         "mean TTFT": (lambda of: of.ttft_mean, 1.0),
         "P99 ITL": (lambda of: of.itl_p99, 1.0),
     }
-    longest = max(mine.handover, default=0)
-    if longest:
-        # NIXL's twice, Mooncake's three times ours at the longest prompt
-        wanted = 1 / 3 if "mooncake" in peer.name.lower() else 1 / 2
-        figures[f"handover at {longest}"] = (lambda of: of.handover.get(longest, math.nan), wanted)
+    longest = max((*mine.handover, *mine.at_once), default=0)
+    # NIXL's twice, Mooncake's three times ours at the longest prompt
+    wanted = 1 / 3 if "mooncake" in peer.name.lower() else 1 / 2
+    figures[f"handover at {longest}"] = (lambda of: of.handover.get(longest, math.nan), wanted)
+    figures[f"handover at {longest}, both legs at once"] = (
+        lambda of: of.at_once.get(longest, math.nan),
+        wanted,
+    )
     compared = [
         Ratio(
             what=what,
@@ -117,6 +119,13 @@ def _compared(ours: Row, peer: Row) -> list[Ratio]:
         for what, (figure, wanted) in figures.items()
     ]
     return [each for each in compared if not math.isnan(each.ratio)]
+
+
+def _handovers(handed: Sequence[Handed]) -> dict[int, float]:
+    return {
+        length: _median([one.handover_ms for one in handed if one.tokens == length])
+        for length in sorted({one.tokens for one in handed})
+    }
 
 
 def _divided(ours: float, theirs: float) -> float:

@@ -101,8 +101,9 @@ def _opened(build: Build, place: Place) -> Iterator[Running]:
             for number, length in enumerate(WARM_UP_TOKENS):
                 prompt = token_prompt(length, seed=-1 - number)
                 complete(running.url, prompt, max_tokens=4)
-                if running.hand is not None:
-                    running.hand(prompt[1:], 4)
+                for skipped, hand in enumerate((running.hand, running.hand_at_once), 1):
+                    if hand is not None:
+                        hand(prompt[skipped:], 4)
         except (ServerFailed, CompletionFailed, OSError) as failed:
             raise SetupFailed(said(failed)) from failed
         yield running
@@ -219,7 +220,7 @@ def _mooncake(servers: VllmServers) -> Running:
         *_ready(proxy),
         prefill=(prefill.url,),
         decode=(decode.url,),
-        hand=partial(legs.both_at_once, prefill.url, decode.url, f"http://{HOST}:{port}"),
+        hand_at_once=partial(legs.both_at_once, prefill.url, decode.url, f"http://{HOST}:{port}"),
         timers=partial(vllm_timers.mooncake, prefill.log),
         stops=True,
     )

@@ -85,6 +85,18 @@ def test_a_handover_within_the_decode_steps_spread_gives_no_ratio() -> None:
     assert not [each for each in ratios(rows) if "handover" in each.what]
 
 
+def test_handovers_are_compared_within_one_style() -> None:
+    def once(handover: float, *, at_once: bool) -> Round:
+        handed = round_of(1, 1, handover).handed
+        changed = tuple(msgspec.structs.replace(one, at_once=at_once) for one in handed)
+        return msgspec.structs.replace(round_of(1, 1, handover), handed=changed)
+
+    ours = row_of("ours", "ours", [once(30, at_once=False), once(2, at_once=True)])
+    mooncake = row_of("Mooncake", "peer", [once(10, at_once=True)])
+    found = {each.what: each.ratio for each in ratios([ours, mooncake]) if "hand" in each.what}
+    assert found == {"handover at 4096, both legs at once": pytest.approx(0.2)}
+
+
 def test_a_set_up_without_rounds_has_no_figures() -> None:
     nothing = summary(row_of("NIXL", "peer", []))
     assert math.isnan(nothing.ttft_mean)
