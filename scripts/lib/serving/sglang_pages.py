@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 from typing import TYPE_CHECKING
 
 import msgspec
+from harness.completions import CompletionFailed, token_prompt
 from harness.process import ServerFailed
 from rich.table import Table
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 PAGE_SIZES = (64, 1)
 RUNS = 2
 OUTPUT_TOKENS = 512
+SINGLE = 5  # requests after each load
 ENGINES = {"ours, tcp": Plan(protocol="tcp"), STOCK: Plan(backend=STOCK)}
 
 
@@ -39,7 +42,9 @@ class Pages(msgspec.Struct, frozen=True, kw_only=True):
         page_size: Tokens.
         run: 1, 2, ...
         load: What the benchmark said.
-        gb_s: KV a second while a request's transfer is under way, by SGLang's own timer.
+        handover_ms: Of single requests right after the load, in the pools that it left behind: under
+            load, a finished transfer is noticed only when the prefill that runs has ended.
+        gb_s: Their KV over their handover.
         pieces: Runs of memory a request, before and after neighbours were merged; ours only.
         merged: Ditto, after.
         error: What was tried and printed.
@@ -49,6 +54,7 @@ class Pages(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int
     run: int = 0
     load: LoadFigures | None = None
+    handover_ms: float = 0.0
     gb_s: float = 0.0
     pieces: float = 0.0
     merged: float = 0.0
@@ -96,19 +102,31 @@ def measure(place: Place, runs: Sequence[Load]) -> list[Pages]:
 
 
 def one(running: Running, load: Load, file: Path, row: Pages) -> Pages:
-    """Give one pair the load; `row` with what came of it."""
+    """Give one pair the load, then single requests; `row` with what came of it."""
+    assert running.hand is not None, "a pair hands over"
     try:
-        before = running.timers()
         figures = running.load(load, file)
+        before = running.timers()
+        handover_s = statistics.median(
+            running.hand(
+                token_prompt(load.input_tokens, seed=-load.seed * SINGLE - number), 2
+            ).gap_s
+            for number in range(SINGLE)
+        )
         gained = {key: value - before[key] for key, value in running.timers().items()}
-    except (ServerFailed, OSError) as failed:  # a collapse may be so deep that requests time out
+    except (
+        ServerFailed,
+        CompletionFailed,
+        OSError,
+    ) as failed:  # a collapse may be so deep that requests time out
         return msgspec.structs.replace(row, error=str(failed))
     return msgspec.structs.replace(
         row,
         load=figures,
-        gb_s=gained["sglang_bytes"] / max(gained["sglang_seconds"], 1e-9) / 1e9,
-        pieces=gained.get("descriptors", 0) / load.requests,
-        merged=gained.get("runs", 0) / load.requests,
+        handover_ms=handover_s * 1e3,
+        gb_s=gained["bytes"] / SINGLE / handover_s / 1e9,
+        pieces=gained.get("descriptors", 0) / SINGLE,
+        merged=gained.get("runs", 0) / SINGLE,
     )
 
 
@@ -117,6 +135,7 @@ def table(rows: Sequence[Pages]) -> Table:
     shown = Table(caption=f"{OUTPUT_TOKENS} tokens generated; latencies in milliseconds")
     for heading in ("engine", "page size", "run", "tokens/s", "TTFT mean/P99", "ITL mean/P99"):
         shown.add_column(heading, justify="left" if heading == "engine" else "right")
+    shown.add_column("handover after it", justify="right")
     shown.add_column("KV GB/s", justify="right")
     shown.add_column("pieces a request", justify="right")
     for row in rows:
@@ -131,6 +150,7 @@ def table(rows: Sequence[Pages]) -> Table:
             f"{row.load.output_tokens_s:.1f}",
             f"{ttft.mean:.0f} / {ttft.p99:.0f}",
             f"{itl.mean:.1f} / {itl.p99:.1f}",
+            f"{row.handover_ms:.1f}",
             f"{row.gb_s:.2f}",
             f"{row.pieces:.0f} -> {row.merged:.0f}" if row.pieces else "",
         )

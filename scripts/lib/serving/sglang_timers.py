@@ -3,7 +3,8 @@
 Two views. Our connector's: reads, from submit to last byte, counted by decode. SGLang's, on prefill
 and for every backend: from the first page named to the last taken away (`kv_transfer_latency_ms`),
 and of that what is left when the last chunk has been computed (a request's stage
-`prefill_transfer_kv_cache`), which is what it waits for.
+`prefill_transfer_kv_cache`), which is what it waits for. Both are right for one request at a time:
+prefill looks whether pages were taken away between two forward passes, so another prompt's counts.
 """
 
 from __future__ import annotations

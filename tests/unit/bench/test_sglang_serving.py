@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.process import ServerFailed
 from harness.sglang import BACKEND
-from serving.setup import PAGE_SIZE, Load, LoadFigures, Running, SetupFailed, Spread
+from serving.setup import PAGE_SIZE, Exchange, Load, LoadFigures, Running, SetupFailed, Spread
 from serving.sglang_load import command, figures
 from serving.sglang_overlap import CHUNK, PROMPTS, Overlap
 from serving.sglang_pages import Pages, loads, one, table
@@ -207,7 +207,10 @@ def test_a_load_that_a_pair_does_not_survive_is_a_row_that_failed(tmp_path: Path
     def ask(_prompt: list[int], _tokens: int) -> Reply:
         raise AssertionError("the load is not single requests")
 
-    running = Running(url="http://h:1", ask=ask, load=load)
+    def hand(_prompt: list[int], _tokens: int) -> Exchange:
+        raise AssertionError("single requests come after a load that was survived")
+
+    running = Running(url="http://h:1", ask=ask, hand=hand, load=load)
     row = one(running, LOAD, tmp_path / "a.json", Pages(engine=STOCK, page_size=1, run=2))
     assert (row.engine, row.page_size, row.run, row.load) == (STOCK, 1, 2, None)
     assert "3 of 8 requests succeeded" in row.error
