@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from serving.setup import Hand, Load, Place, Running, Setup
 
+WARM_TOKENS = 512
 TOKENS = 9  # of a single request: eight steps to take the mean of
 Failures = (CompletionFailed, ServerFailed, OSError)
 
@@ -166,6 +167,7 @@ def _turn(
     figures, error = None, ""
     try:
         running.resume()
+        _warm(running, number)
         before, counted = machine.sample(), running.timers()
         for key, prompt in prompts(plan, number).items():
             hand = running.hand_at_once if key.at_once else running.hand
@@ -187,6 +189,13 @@ def _turn(
         other_load=machine.other_load(before, after),
         timers=counted,
     )
+
+
+def _warm(running: Running, number: int) -> None:
+    """One transfer of each style that is not measured: the first after a pause took seconds."""
+    for style, hand in enumerate((running.hand, running.hand_at_once)):
+        if hand is not None:
+            hand(token_prompt(WARM_TOKENS, seed=-2 * number - style), TOKENS)
 
 
 def _handed(hand: Hand, prompt: list[int], expected: Reply, *, at_once: bool) -> Handed:
