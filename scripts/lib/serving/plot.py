@@ -66,29 +66,31 @@ def drawn(rows: list[Row]) -> Figure:
     high = 2 if lengths else 1
     figure = Figure(figsize=(4.5 * wide, high * (0.8 + 0.35 * len(rows))), layout="constrained")
     axes = figure.subplots(high, wide, squeeze=False)
+    several = len({row.group for row in rows}) > 1
+    names = [f"{row.name} ({row.group})" if several else row.name for row in rows]
+    found = {name: (summary(row), COLOURS[row.kind]) for name, row in zip(names, rows, strict=True)}
     for panel, (title, value) in zip(axes[0], PANELS.items(), strict=False):
-        _bars(panel, title, rows, [value(summary(row)) for row in rows])
-    handing = [row for row in rows if any(each.handed for each in row.rounds)]
+        _bars(panel, title, [(name, value(of), colour) for name, (of, colour) in found.items()])
     for panel, length in zip(axes[-1] if lengths else (), lengths, strict=False):
-        found = [summary(row) for row in handing]
-        # Mooncake knows only one style; the best that each can do is drawn.
-        values = [
-            min((each[length] for each in (of.handover, of.at_once) if length in each), default=0.0)
-            for of in found
+        # A bar for each style: one is not to be compared with the other.
+        bars = [
+            (f"{name}{suffix}", handover[length], colour)
+            for name, (of, colour) in found.items()
+            for suffix, handover in (("", of.handover), (", at once", of.at_once))
+            if length in handover
         ]
-        _bars(panel, f"handover of {length} tokens, ms, the better style", handing, values)
+        _bars(panel, f"handover, {length} tokens, ms", bars)
     for panel in axes.flat:
         panel.set_visible(panel.has_data())
     return figure
 
 
-def _bars(panel: Axes, title: str, rows: list[Row], values: list[float]) -> None:
-    several = len({row.group for row in rows}) > 1
-    names = [f"{row.name} ({row.group})" if several else row.name for row in rows]
-    bars = panel.barh(names, values, color=[COLOURS[row.kind] for row in rows])
-    panel.bar_label(bars, fmt="%.1f", padding=2)
+def _bars(panel: Axes, title: str, bars: list[tuple[str, float, str]]) -> None:
+    names, values, colours = zip(*bars, strict=True)
+    drawn_bars = panel.barh(names, values, color=colours)
+    panel.bar_label(drawn_bars, fmt="%.1f", padding=2)
     panel.invert_yaxis()
-    panel.margins(x=0.15)
+    panel.margins(x=0.25)
     panel.set_title(title)
 
 
