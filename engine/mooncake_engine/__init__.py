@@ -19,6 +19,7 @@ from mooncake_engine.errors import (
     PathUnavailable,
     UnknownSegment,
 )
+from mooncake_engine.prepared import PreparedTransfer
 from mooncake_engine.segment import Segment
 from mooncake_engine.transport.registry import register_transport
 from mooncake_engine.types import (
@@ -45,6 +46,7 @@ __all__ = [
     "OutOfBounds",
     "Path",
     "PathUnavailable",
+    "PreparedTransfer",
     "RdmaConfig",
     "Region",
     "RegionRecord",

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from typing_extensions import override
 
-from mooncake_engine.types import Completion, Op, Path, Status
+from mooncake_engine.types import Completion, Path, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable
 
-    from mooncake_engine.slicing import Runs
+    from mooncake_engine.slicing import Plan
     from mooncake_engine.types import Slice
 
 _log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ class Progress:
     `stop` and `returned` answer True exactly once in a batch's life, to the caller that has to
     end the batch. A batch without slices starts ended; its submitter ends it.
     """
+
+    __slots__ = ("_moving", "_waiting", "failure")
 
     def __init__(self, slices: Iterable[Slice]) -> None:
         self._waiting = deque(slices)
@@ -84,26 +86,21 @@ class Batch:
 
     def __init__(
         self,
-        *,
-        op: Op,
+        plan: Plan,
         path: Path,
-        runs: Runs,
-        slices: Sequence[Slice],
-        descriptors: int,
         timeout: float,
         stop: Callable[[Batch, Failure], None],
         on_end: Callable[[Batch, Completion], None],
     ) -> None:
         """Made by the engine only; `stop` asks the worker, `on_end` runs before anybody wakes."""
-        self.op = op
+        self.plan = plan
+        self.op = plan.op
         self.path = path  # that of the segment, until a slice had to take another
-        self.runs = runs
-        self.progress = Progress(slices)
-        self.nbytes = sum([piece.nbytes for piece in slices])
+        self.progress = Progress(plan.slices)
+        self.nbytes = plan.nbytes
         self.submitted = time.monotonic()
         self.deadline = self.submitted + timeout
         self.first_taken: float | None = None  # monotonic second; set by the worker
-        self._descriptors = descriptors
         self._stop = stop
         self._on_end = on_end
         self._lock = threading.Lock()  # guards all below
@@ -197,8 +194,8 @@ class Batch:
             error=failure.error if failure else "",
             nbytes=self.nbytes,
             path=self.path,
-            descriptors=self._descriptors,
-            runs=int(self.runs.lengths.size),
+            descriptors=self.plan.descriptors,
+            runs=self.plan.runs.lengths.size,
             queued_s=(self.first_taken or now) - self.submitted,
             total_s=now - self.submitted,
         )

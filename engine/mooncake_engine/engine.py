@@ -9,24 +9,15 @@ import threading
 from typing import TYPE_CHECKING
 
 from mooncake_engine import slicing
-from mooncake_engine.batch import Batch
 from mooncake_engine.device import describe, is_device, pages
 from mooncake_engine.directory import Directory
-from mooncake_engine.errors import (
-    EngineClosed,
-    InvalidTransfer,
-    MetadataError,
-    OutOfBounds,
-    PathUnavailable,
-    UnknownSegment,
-)
+from mooncake_engine.errors import InvalidTransfer, PathUnavailable
 from mooncake_engine.grants import GrantTable
 from mooncake_engine.hosts import machine_id
-from mooncake_engine.inflight import InFlight
 from mooncake_engine.memory import RegionTable
 from mooncake_engine.peers import Peers
+from mooncake_engine.prepared import Office, PreparedTransfer
 from mooncake_engine.segment import Routes, connect
-from mooncake_engine.stats import Counters
 from mooncake_engine.transport import registry
 from mooncake_engine.types import Op, Region, SegmentRecord
 
@@ -38,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from mooncake_engine.batch import Batch
     from mooncake_engine.config import EngineConfig
     from mooncake_engine.metadata.base import MetadataStore
     from mooncake_engine.segment import Segment
@@ -84,15 +76,17 @@ class TransferEngine:
         self._machine = machine_id()
         self._regions = RegionTable()
         self._grants = GrantTable()
-        self._inflight = InFlight()
+        self._office = Office(
+            self._regions,
+            config.transfer_timeout_s,
+            lambda name: self._directory.look_up(name),  # it is opened below
+        )
         # One change at a time: memory that comes back must have left the transports before.
         self._changing = threading.Lock()
         self._peers = Peers(self._connect)
-        self._counters = Counters()
-        self._closed = False
         with contextlib.ExitStack() as opening:
             self._start_transports(opening)
-            opening.callback(self._inflight.close)
+            opening.callback(self._office.inflight.close)
             opening.callback(self._peers.close)
             self._directory = Directory(config, name, store)
             opening.callback(self._directory.close)
@@ -139,13 +133,11 @@ class TransferEngine:
         Blocks until no thread of ours touches registered memory. From a done callback the
         calling thread itself cannot be waited for; it ends when the callback returns.
         """
-        with self._inflight.lock:
-            self._closed = True
+        self._office.close()
         self._opened.close()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosed("the engine was closed; make a new one")
+        self._office.check_open()
 
     # Memory.
 
@@ -210,8 +202,9 @@ class TransferEngine:
         self._check_open()
         address = region.address if isinstance(region, Region) else region
         with self._changing:
-            with self._inflight.lock:  # no submit between the look and the removal
-                batch = self._inflight.touching(self._regions.at(address))
+            inflight = self._office.inflight
+            with inflight.lock:  # no submit between the look and the removal
+                batch = inflight.touching(self._regions.at(address))
                 if batch is not None:
                     raise InvalidTransfer(
                         f"cannot unregister the region at {address:#x}: {batch!r} uses it; "
@@ -321,12 +314,7 @@ class TransferEngine:
             PathUnavailable: The segment's transport cannot do this.
             EngineClosed: The engine was closed.
         """
-        batch = self._prepare(op, segment, (local, remote, lengths), grant, timeout)
-        if batch.progress.ended:  # it has no runs
-            batch.finish(None)
-        else:
-            segment.worker.submit(batch)
-        return batch
+        return self.prepare(op, segment, local, remote, lengths, grant).submit(timeout)
 
     def transfer(
         self,
@@ -344,66 +332,26 @@ class TransferEngine:
         for one. A batch of one small slice then wakes no thread at all. Arguments and errors are
         those of `submit`; how the transfer ended is in the completion.
         """
-        batch = self._prepare(op, segment, (local, remote, lengths), grant, timeout)
-        if batch.progress.ended:  # it has no runs
-            batch.finish(None)
-        else:
-            segment.worker.transfer(batch)
-        return batch.wait()
+        return self.prepare(op, segment, local, remote, lengths, grant).transfer(timeout)
 
-    def _prepare(
+    def prepare(
         self,
         op: Op | str,
         segment: Segment,
-        arrays: tuple[
-            ArrayLike | Sequence[tuple[int, int, int]], ArrayLike | None, ArrayLike | None
-        ],
-        grant: bytes,
-        timeout: float | None,
-    ) -> Batch:
-        """A batch that is in flight, and not on its way yet; raises as `submit` does."""
+        local: ArrayLike | Sequence[tuple[int, int, int]],
+        remote: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        grant: bytes = b"",
+    ) -> PreparedTransfer:
+        """A transfer to run later, several times: what can be worked out before is, once.
+
+        Moves nothing and keeps no memory registered: each run is checked anew against what is.
+        Arguments and errors are those of `submit`.
+        """
         self._check_open()
         op = _known_op(op, segment)
-        timeout = self.config.transfer_timeout_s if timeout is None else timeout
-        if not 0 < timeout < threading.TIMEOUT_MAX:
-            raise InvalidTransfer(f"a transfer cannot have {timeout} s; give more than 0")
-        given = slicing.descriptors(*arrays)
-        self._check_remote(segment, given)
-        runs = slicing.merge(op, given)
-        batch = Batch(
-            op=op,
-            path=segment.path,
-            runs=runs,
-            slices=slicing.cut(op, runs, grant, segment.link.slice_bytes, segment.link.lanes),
-            descriptors=int(given.lengths.size),
-            timeout=timeout,
-            stop=segment.worker.stop,
-            on_end=self._on_end,
-        )
-        with self._inflight.lock:  # no unregister and no close between the look and the `add`
-            self._check_open()
-            self._regions.check(runs.local, runs.lengths)
-            self._inflight.add(batch)
-        return batch
-
-    def _check_remote(self, segment: Segment, runs: slicing.Runs) -> None:
-        try:
-            segment.check(runs.remote, runs.lengths)
-        except OutOfBounds as error:
-            try:
-                record = self._directory.look_up(segment.name)
-            except (UnknownSegment, MetadataError):
-                raise error from None  # the first error is the one that the caller can act on
-            if record.incarnation != segment.incarnation:
-                raise OutOfBounds(
-                    f"{error}; {segment.name} was restarted meanwhile, open the segment again"
-                ) from None
-            segment.update(record)
-            segment.check(runs.remote, runs.lengths)
-
-    def _on_end(self, batch: Batch, completion: Completion) -> None:
-        self._inflight.discard(batch)
-        self._counters.count(batch.op, completion)
+        given = slicing.descriptors(local, remote, lengths)
+        return PreparedTransfer(self._office, segment, op, given, grant)
 
     def grant(self, token: bytes) -> None:
         """Serve slices that carry `token` from now on."""
@@ -416,7 +364,7 @@ class TransferEngine:
 
     def statistics(self) -> dict[Key, Totals]:
         """Sums over ended batches by (scheme, op, status)."""
-        return self._counters.snapshot()
+        return self._office.counters.snapshot()
 
 
 def _unregister(region: Region, transports: Iterable[Transport]) -> None:

@@ -103,6 +103,7 @@ class Guests:
         self._lock = lock
         self._open_lane = open_lane
         self._left = threading.Condition(lock)
+        self._awaited = False  # somebody waits for them to leave
         self._inside: set[Hand] = set()
         self._free: list[Hand] = []
 
@@ -126,7 +127,8 @@ class Guests:
     def leave(self, hand: Hand) -> None:
         """The guest is done. Its lane serves the next one, unless it is spent."""
         self._inside.discard(hand)
-        self._left.notify_all()
+        if self._awaited:
+            self._left.notify_all()
         if not hand.spent:
             self._free.append(hand)
         elif hand.lane is not None:
@@ -134,6 +136,7 @@ class Guests:
 
     def see_out(self, timeout: float) -> None:
         """Wait until all have left, at most `timeout` seconds, and close their lanes."""
+        self._awaited = True
         self._left.wait_for(lambda: not self._inside, timeout)
         for hand in self._free:
             if hand.lane is not None:

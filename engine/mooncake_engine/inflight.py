@@ -28,7 +28,7 @@ class InFlight:
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         self._batches: set[Batch] = set()
-        self._watched: set[Batch] = set()  # those of them that are not late yet
+        self._late: set[Batch] = set()  # those of them that were told so
         self._thread: threading.Thread | None = None
         self._wakes_at = float("inf")
         self._closed = False
@@ -43,7 +43,6 @@ class InFlight:
                 thread.start()
                 self._thread = thread
             self._batches.add(batch)
-            self._watched.add(batch)
             if batch.deadline < self._wakes_at:
                 # Rare with one time-out for all: later batches have later deadlines.
                 self._wakes_at = batch.deadline
@@ -53,14 +52,15 @@ class InFlight:
         """The batch ended."""
         with self.lock:
             self._batches.discard(batch)
-            self._watched.discard(batch)
+            if self._late:
+                self._late.discard(batch)
 
     def touching(self, region: Region) -> Batch | None:
         """A batch that uses local memory of `region`, or None."""
         first, end = np.uint64(region.address), np.uint64(region.address + region.length)
         with self.lock:
             for batch in self._batches:
-                local, lengths = batch.runs.local, batch.runs.lengths
+                local, _, lengths = batch.plan.runs
                 if ((local < end) & (local + lengths > first)).any():
                     return batch
         return None
@@ -80,10 +80,11 @@ class InFlight:
                 if self._closed:
                     return
                 now = time.monotonic()
-                late = {batch for batch in self._watched if batch.deadline <= now}
-                self._watched -= late
+                watched = self._batches - self._late
+                late = {batch for batch in watched if batch.deadline <= now}
+                self._late |= late
                 if not late:
-                    self._wakes_at = min((b.deadline for b in self._watched), default=float("inf"))
+                    self._wakes_at = min((b.deadline for b in watched), default=float("inf"))
                     # Without batches it sleeps until `add`; TIMEOUT_MAX is 292 years.
                     self._changed.wait(min(self._wakes_at - now, threading.TIMEOUT_MAX))
                     continue

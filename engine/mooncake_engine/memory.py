@@ -175,6 +175,11 @@ class RegionTable:
         for ledger in self._ledgers:  # under the lock: two changes arrive in their order
             ledger.replace(self._bounds.starts, self._bounds.ends, gone)
 
+    @property
+    def bounds(self) -> Bounds:
+        """What is registered now; another object after each change."""
+        return self._bounds
+
     def check(self, addresses: Uint64s, lengths: Uint64s, whose: str = "this engine") -> None:
         """Raise `OutOfBounds` unless each run lies inside one region."""
         self._bounds.check(addresses, lengths, whose)

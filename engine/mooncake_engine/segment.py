@@ -77,6 +77,11 @@ class Segment:
         with self._lock:
             self._known = (record, Bounds((r.address, r.length) for r in record.regions))
 
+    @property
+    def bounds(self) -> Bounds:
+        """What the peer registered, as last seen; another object after each `update`."""
+        return self._known[1]
+
     def check(self, addresses: Uint64s, lengths: Uint64s) -> None:
         """Raise `OutOfBounds` unless the peer registered each run."""
         self._known[1].check(addresses, lengths, self.name)

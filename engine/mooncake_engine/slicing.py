@@ -41,6 +41,32 @@ class Runs(NamedTuple):
     lengths: Uint64s
 
 
+class Plan(NamedTuple):
+    """All of a transfer that can be worked out before it starts; shared by its batches.
+
+    Attributes:
+        op: Which way.
+        runs: After merging.
+        slices: What lanes take.
+        nbytes: Of all of them.
+        descriptors: Runs as submitted.
+    """
+
+    op: Op
+    runs: Runs
+    slices: Sequence[Slice]
+    nbytes: int
+    descriptors: int
+
+
+def plan(op: Op, given: Runs, grant: bytes, slice_bytes: int, lanes: int) -> Plan:
+    """Merge and cut `given`, whose remote side was checked; raises as `merge` does."""
+    runs = merge(op, given)
+    slices = cut(op, runs, grant, slice_bytes, lanes)
+    nbytes = slices[0].nbytes if len(slices) == 1 else sum([piece.nbytes for piece in slices])
+    return Plan(op, runs, slices, nbytes, given.lengths.size)
+
+
 def descriptors(
     local: ArrayLike | Sequence[tuple[int, int, int]],
     remote: ArrayLike | None,
@@ -70,7 +96,8 @@ def descriptors(
             f"local, remote and lengths must be equally long, got {runs.local.size}, "
             f"{runs.remote.size} and {runs.lengths.size}"
         )
-    if not runs.lengths.all():
+    few = runs.lengths.size <= FEW  # then a list says it in 0.1 us, numpy in 1.5
+    if 0 in runs.lengths.tolist() if few else not runs.lengths.all():
         bad = int(np.argmin(runs.lengths))
         raise InvalidTransfer(f"run {bad} of {runs.lengths.size} has length 0; leave it out")
     return runs

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from engines import SOON
 from mooncake_engine import Path, Status
 from mooncake_engine.batch import Batch, Failure
-from mooncake_engine.slicing import cut, descriptors
+from mooncake_engine.slicing import Plan, cut, descriptors
 from mooncake_engine.transport.base import Lane, Link
 from mooncake_engine.types import Op
 
@@ -72,16 +72,8 @@ def batch_of(
 ) -> Batch:
     runs = descriptors([(PIECE, PIECE, PIECE * pieces)], None, None)
     whole = cut(Op.READ, runs, b"", 1 << 30)[0]
-    return Batch(
-        op=Op.READ,
-        path=Path("test", ""),
-        runs=runs,
-        slices=[whole] * pieces,
-        descriptors=1,
-        timeout=SOON,
-        stop=worker.stop,
-        on_end=lambda _batch, end: ended(end),
-    )
+    plan = Plan(Op.READ, runs, [whole] * pieces, whole.nbytes * pieces, 1)
+    return Batch(plan, Path("test", ""), SOON, worker.stop, lambda _batch, end: ended(end))
 
 
 def close(worker: LinkWorker) -> None:

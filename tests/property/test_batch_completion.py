@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mooncake_engine import Completion, Op, Path, Status
 from mooncake_engine.batch import Batch, Failure, Progress
-from mooncake_engine.slicing import cut, descriptors
+from mooncake_engine.slicing import Plan, cut, descriptors
 
 
 def slices_of(count: int) -> list:
@@ -64,15 +64,13 @@ TestABatchEndsOnce = ABatchEndsOnce.TestCase
 def test_every_callback_hears_of_the_end_once(asked: list[str], fails: bool) -> None:
     bookkeeping: list[Completion] = []
     heard: list[Completion] = []
+    runs = descriptors([(1, 2, 3)], None, None)
     batch = Batch(
-        op=Op.READ,
-        path=Path("loopback", "test"),
-        runs=descriptors([(1, 2, 3)], None, None),
-        slices=slices_of(1),
-        descriptors=1,
-        timeout=1.0,
-        stop=lambda _batch, _failure: None,
-        on_end=lambda _batch, end: bookkeeping.append(end),
+        Plan(Op.READ, runs, slices_of(1), 3, 1),
+        Path("loopback", "test"),
+        1.0,
+        lambda _batch, _failure: None,
+        lambda _batch, end: bookkeeping.append(end),
     )
 
     def raise_after(end: Completion) -> None:

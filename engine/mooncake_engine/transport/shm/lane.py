@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mooncake_engine.types import Slice, Uint64s
 
 
+_OPEN = contextlib.nullcontext()  # one for all: to make one takes 0.3 us
+
+
 class Way(abc.ABC):
     """How one lane gets at its peer's memory. One thread at a time."""
 
@@ -64,7 +67,7 @@ class ByPid(Way):
 
     @override
     def held(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return _OPEN
 
     @override
     def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
@@ -72,11 +75,7 @@ class ByPid(Way):
 
     @override
     def read_confirmed(self, piece: Slice) -> bool:
-        return (
-            piece.local.size < IOV_MAX
-            and piece.nbytes <= CALL_BYTES
-            and self._nonce.read(piece.local, piece.remote, piece.lengths, piece.nbytes)
-        )
+        return piece.local.size < IOV_MAX and piece.nbytes <= CALL_BYTES and self._nonce.read(piece)
 
     @override
     def copy(self, op: Op, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
