@@ -1,4 +1,4 @@
-"""Real peers move real bytes. They are in .venv-peers: .venv-peers/bin/pytest THIS FILE."""
+"""Real peers move real bytes. They are in .venv-peers: `scripts/nightly peers`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ def backend(name: str) -> Backend:
 def every_variant() -> list[object]:
     found: list[object] = []
     for name in PEERS:
-        reason = backend(name).missing()
-        marks = [pytest.mark.skipif(bool(reason), reason=reason)]
         found += [
-            pytest.param(variant, marks=marks, id=variant.name.replace(", ", "-"))
+            pytest.param(name, variant, id=variant.name.replace(", ", "-"))
             for route in Route
             for variant in backend(name).variants(route)
         ]
@@ -42,26 +40,14 @@ def reads_and_writes(count: int, size: int, threads: int = 1) -> Workload:
     return Workload(name=f"{count} x {size}", work=(moved,) * threads)
 
 
-@pytest.mark.parametrize("variant", every_variant())
+@pytest.mark.parametrize(("name", "variant"), every_variant())
 def test_a_peer_moves_the_bytes_of_scattered_blocks_and_of_one(
-    variant: Variant, tmp_path: Path
+    name: str, variant: Variant, tmp_path: Path
 ) -> None:
+    assert not backend(name).missing()
     workloads = [reads_and_writes(300, 4096), reads_and_writes(1, 4096)]
     with Pair(variant, max(each.buffer_bytes for each in workloads), tmp_path) as pair:
         for each in workloads:
             pair.check(each)
             pair.prepare(each, warm_up_s=0.0)
             assert pair.measure(0.0, runs=4).samples.size == 4
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_what_is_missing_is_said_with_the_wheel_to_install(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install" in backend(name).missing()
-
-
-def test_the_variants_names_are_unique() -> None:
-    names = [v.name for name in PEERS for route in Route for v in backend(name).variants(route)]
-    assert len(names) == len(set(names)) > 20
