@@ -10,8 +10,10 @@ Everything listens on loopback only, on ports that were free a moment ago.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import random
 import shutil
 import socket
 import sys
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 HOST = "127.0.0.1"
+PORTS = (20000, 32000)  # Linux gives 32768 to 60999 to outgoing connections
 ETCD_TIMEOUT_S = 30.0
 PROXY_TIMEOUT_S = 60.0
 # One server is up after 45 s on two quiet cores, three at once after 125 s on two busy ones.
@@ -205,11 +208,15 @@ class Servers:
 def free_port() -> int:
     """A port of loopback that nobody listens on now.
 
-    Another process may take it meanwhile; the server that then fails says so in its log.
+    Another process may take it meanwhile; the server that then fails says so in its log. It is not
+    one that the kernel gives to outgoing connections: a server that listens 20 s after it was
+    started has found its port taken by one of those.
     """
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    low, high = PORTS
+    for port in random.sample(range(low, high), k=100):
+        with contextlib.suppress(OSError), socket.create_server((HOST, port)):
+            return port
+    raise OSError(f"100 ports of {HOST} from {low} to {high} were all in use")
 
 
 def get(url: str, path: str, timeout_s: float = 5.0) -> tuple[int, str]:

@@ -42,7 +42,7 @@ class Pages(msgspec.Struct, frozen=True, kw_only=True):
         page_size: Tokens.
         run: 1, 2, ...
         load: What the benchmark said.
-        handover_ms: Of single requests right after the load, in the pools that it left behind: under
+        handover_ms: Of single requests right after the load, in the pools it left behind: under
             load, a finished transfer is noticed only when the prefill that runs has ended.
         gb_s: Their KV over their handover.
         pieces: Runs of memory a request, before and after neighbours were merged; ours only.
