@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mooncake_engine.transport.base import Transport
     from mooncake_engine.types import Completion
 
+_OPS: dict[str, Op] = {op.value: op for op in Op}
+
 _log = logging.getLogger(__name__)
 
 
@@ -375,10 +377,9 @@ def _unregister(region: Region, transports: Iterable[Transport]) -> None:
 
 
 def _known_op(op: Op | str, segment: Segment) -> Op:
-    try:
-        known = Op(op)
-    except ValueError as error:
-        raise InvalidTransfer(f"operation {op!r}: use 'read' or 'write'") from error
+    known = _OPS.get(op)
+    if known is None:
+        raise InvalidTransfer(f"operation {op!r}: use 'read' or 'write'")
     if known not in segment.capabilities.ops:
         raise PathUnavailable(f"{segment.path.scheme} cannot {known}; open another path")
     return known

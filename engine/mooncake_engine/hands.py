@@ -22,8 +22,7 @@ class Hand:
 
     thread: threading.Thread  # a guest has none
 
-    def __init__(self, lock: threading.Lock, *, guest: bool = False) -> None:
-        self.guest = guest
+    def __init__(self, lock: threading.Lock) -> None:
         self.lane: Lane | None = None
         self.batch: Batch | None = None
         self.spent = False  # the lane was interrupted or broke; it must not be used again
@@ -116,7 +115,7 @@ class Guests:
         if self._free:
             hand = self._free.pop()
         else:
-            hand = Hand(self._lock, guest=True)
+            hand = Hand(self._lock)
             try:
                 hand.lane = self._open_lane()
             except LaneError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING
@@ -51,12 +52,20 @@ class Bounds:
             return
         if not self.starts.size:
             raise OutOfBounds(f"{whose} has no registered memory; register it before a transfer")
-        if addresses.size <= FEW and self._hold(addresses.tolist(), lengths.tolist()):
+        if addresses.size <= FEW:
+            starts, sizes = addresses.tolist(), lengths.tolist()
+            hull = min(starts), max(map(operator.add, starts, sizes))
+        else:
+            hull = int(addresses.min()), int(addresses.max()) + int(lengths.max())
+        slot = bisect_right(self._ranges[0], hull[0]) - 1
+        if slot >= 0 and hull[1] <= self._ranges[1][slot]:
+            return  # all in one range: the closer look takes three to ten times as long
+        if addresses.size <= FEW and self._hold(starts, sizes):
             return
-        slot = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
-        inside = slot >= 0
-        room = self.ends[np.maximum(slot, 0)] - addresses  # wraps when addresses > end
-        inside &= (addresses <= self.ends[np.maximum(slot, 0)]) & (lengths <= room)
+        slots = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
+        inside = slots >= 0
+        room = self.ends[np.maximum(slots, 0)] - addresses  # wraps when addresses > end
+        inside &= (addresses <= self.ends[np.maximum(slots, 0)]) & (lengths <= room)
         if not inside.all():
             bad = int(np.argmin(inside))
             raise OutOfBounds(

@@ -144,14 +144,15 @@ def _merge_few(op: Op, given: Runs) -> Runs | None:
 
     Leaves the order as it is: nobody needs it but the search for neighbours.
     """
-    destinations, sources = given[:2] if op is Op.READ else given[1::-1]
-    written = read = -1
-    for destination, source, length in sorted(
-        zip(destinations.tolist(), sources.tolist(), given.lengths.tolist(), strict=True)
-    ):
-        if destination < written or (destination == written and source == read):
-            return None
-        written, read = destination + length, source + length
+    if given.lengths.size > 1:
+        destinations, sources = given[:2] if op is Op.READ else given[1::-1]
+        written = read = -1
+        for destination, source, length in sorted(
+            zip(destinations.tolist(), sources.tolist(), given.lengths.tolist(), strict=True)
+        ):
+            if destination < written or (destination == written and source == read):
+                return None
+            written, read = destination + length, source + length
     return Runs(given.local.copy(), given.remote.copy(), given.lengths.copy())
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     Uint64s = NDArray[np.uint64]
 
 
+_UINT64 = np.dtype(np.uint64)
+
+
 class Op(enum.StrEnum):
     """Direction of a batch, seen from the initiator."""
 
@@ -136,7 +139,7 @@ def uint64s(values: ArrayLike) -> Uint64s:
     """`values` (an iterable of ints or an array) as a contiguous one-dimensional uint64 array."""
     if (
         isinstance(values, np.ndarray)
-        and values.dtype == np.uint64
+        and values.dtype is _UINT64
         and values.ndim == 1
         and values.flags.c_contiguous
     ):

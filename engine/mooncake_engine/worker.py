@@ -40,6 +40,8 @@ HIRE_AGAIN_S = 5.0
 #: 60 us, waking a thread for them and being woken by it about as long.
 PROMPT_BYTES = 256 << 10
 
+_INTERRUPTED = Failure(Status.CANCELLED, "the caller was interrupted")
+
 
 class LinkWorker:
     """Moves batches over one link. Safe to call from any thread."""
@@ -73,13 +75,15 @@ class LinkWorker:
         Returns when there is none left to take. The batch may go on: lanes' own threads share its
         slices, and have all of them where no lane was idle, or where other batches wait too.
         """
+        if self._link.prompt and batch.nbytes <= PROMPT_BYTES and self._transfer_as_guest(batch):
+            return
         with self._lock:
-            hand = self._hand_for(batch)
+            hand = None if self._closed is not None or self._ready else self._idle.borrow()
             piece = None if hand is None else self._assign(hand, batch)
             finished = self._queue(batch)
         self._finish(finished)
         while hand is not None and piece is not None:
-            failure: Failure | None = Failure(Status.CANCELLED, "the caller was interrupted")
+            failure: Failure | None = _INTERRUPTED
             try:
                 failure = self._move(hand, batch, piece)
             finally:  # also when a signal's handler raises: by then the lane has let go
@@ -87,6 +91,25 @@ class LinkWorker:
                     finished = self._settle(hand, batch, failure)
                     piece = self._another(hand, batch)
                 self._finish(finished)
+
+    def _transfer_as_guest(self, batch: Batch) -> bool:
+        """Move a batch of one slice on a lane of its own. False: that cannot be done."""
+        with self._lock:
+            if self._closed is not None or batch.progress.waiting != 1:
+                return False
+            hand = self._guests.enter()
+            if hand is None:
+                return False
+            piece = self._assign(hand, batch)
+        failure: Failure | None = _INTERRUPTED
+        try:
+            failure = self._move(hand, batch, piece)
+        finally:
+            with self._lock:
+                finished = self._settle(hand, batch, failure)
+                self._guests.leave(hand)
+            self._finish(finished)
+        return True
 
     def stop(self, batch: Batch, failure: Failure) -> None:
         """End a batch early: drop what waits, interrupt the lanes that move its slices.
@@ -200,19 +223,8 @@ class LinkWorker:
             self._ready.append(batch)
         return batch, piece
 
-    def _hand_for(self, batch: Batch) -> Hand | None:
-        """A lane for the calling thread; None: it has to queue like others."""
-        if self._closed is not None:
-            return None
-        if self._link.prompt and batch.nbytes <= PROMPT_BYTES and batch.progress.waiting == 1:
-            return self._guests.enter()
-        return None if self._ready else self._idle.borrow()
-
     def _another(self, hand: Hand, batch: Batch) -> Slice | None:
         """One more slice for a caller, unless others wait for lanes: then its thread goes on."""
-        if hand.guest:
-            self._guests.leave(hand)
-            return None
         if not hand.spent and len(self._ready) == 1 and self._ready[0] is batch:
             return self._next(hand)[1]
         self._idle.give_back(hand)

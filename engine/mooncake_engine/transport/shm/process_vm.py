@@ -101,17 +101,11 @@ def copy(op: Op, pid: int, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
     `local` and `remote` have the same total, `nbytes` or less, and at most `IOV_MAX` runs each.
     Raises `OSError`.
     """
-    return _copy(op, pid, address_of(local), local.size, address_of(remote), remote.size, nbytes)
+    return move(op, pid, address_of(local), local.size, address_of(remote), remote.size, nbytes)
 
 
-def read(pid: int, local: int, locals_: int, remote: int, remotes: int, nbytes: int) -> int:
-    """`copy` to us, by the addresses and sizes of the iovec arrays."""
-    return _copy(Op.READ, pid, local, locals_, remote, remotes, nbytes)
-
-
-def _copy(
-    op: Op, pid: int, local: int, locals_: int, remote: int, remotes: int, nbytes: int
-) -> int:
+def move(op: Op, pid: int, local: int, locals_: int, remote: int, remotes: int, nbytes: int) -> int:
+    """`copy`, by the addresses and sizes of the arrays."""
     if nbytes <= _HELD_BYTES or (nbytes <= _HELD_BYTES_CROWDED and _crowding.crowded):
         return _call_until_moved(_CALLS_HOLDING[op], pid, local, locals_, remote, remotes)
     with _crowding.watched():
