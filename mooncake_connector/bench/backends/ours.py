@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,22 +33,28 @@ def missing() -> str:
 
 
 def variants(route: Route) -> tuple[Variant, ...]:
-    """Our defaults; for tcp also without the native loop."""
+    """Each transfer anew, as the connector moves pages; prepared once; for tcp without C, too."""
     protocol = _PROTOCOLS[route]
     if route is Route.RDMA and not topology.discover().nics:
         return ()
     named = Variant(
         backend="ours", name=f"ours {protocol}", route=route, options={"protocol": protocol}
     )
+    prepared = Variant(
+        backend="ours",
+        name=f"ours {protocol}, prepared",
+        route=route,
+        options={"protocol": protocol, "prepared": "true"},
+    )
     if route is not Route.TCP:
-        return (named,)
+        return named, prepared
     plain = Variant(
         backend="ours",
         name="ours tcp, pure Python",
         route=route,
         options={"protocol": protocol, "native": "false"},
     )
-    return named, plain
+    return named, prepared, plain
 
 
 def configuration(options: Mapping[str, str]) -> EngineConfig:
@@ -56,7 +63,7 @@ def configuration(options: Mapping[str, str]) -> EngineConfig:
     Args:
         options: `protocol` (auto: whatever the engine chooses), `host`, `metadata_server` (as in
             mooncake.json; p2p without), `device_name` (rdma, comma list), `lanes` (tcp, threads of
-            shm), `native` (tcp).
+            shm), `native` (tcp). `prepared` is for the initiator.
     """
     protocol = options.get("protocol", "auto")
     lanes = {"lanes_per_peer": int(options["lanes"])} if "lanes" in options else {}
@@ -98,11 +105,12 @@ class Target(base.Target):
 
 
 class Initiator(base.Initiator):
-    """Calls `transfer` as the connector does."""
+    """Calls `transfer` as the connector does, or prepares it once as peers' lists are."""
 
     def __init__(self, memory: NDArray[np.uint8], options: Mapping[str, str]) -> None:
         super().__init__(memory, options)
         self._engine, self._base = _engine(memory, options)
+        self._prepares = options.get("prepared") == "true"
         self._segment: Segment | None = None
         self._far = 0
 
@@ -119,10 +127,14 @@ class Initiator(base.Initiator):
         assert self._segment is not None, "connect comes first"
         segment, op, lengths = self._segment, transfer.op, transfer.lengths
         local, remote = transfer.local + self._base, transfer.remote + self._far
-        move = self._engine.transfer
+        if self._prepares:
+            move = self._engine.prepare(op, segment, local, remote, lengths).transfer
+        else:
+            anew = self._engine.transfer
+            move = functools.partial(anew, op, segment, local, remote, lengths)
 
         def run() -> None:
-            end = move(op, segment, local, remote, lengths)
+            end = move()
             if not end.ok:
                 raise BackendFailed(f"{op} of {end.nbytes} bytes: {end.status}: {end.error}")
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 OURS = {Route.TCP: "ours tcp", Route.SAME_HOST: "ours shm"}
+#: What stands beside peers whose lists are prepared once, too.
+PREPARED = {route: f"{name}, prepared" for route, name in OURS.items()}
 SOCKETS, MEMCPY = "C sockets", "memcpy in C"
 NIXL, MOONCAKE = "NIXL", "Mooncake tcp"
 PEERS = ("mooncake", "nixl", "ucx", "zmq", "gloo")
@@ -149,7 +151,7 @@ def _ops(
     return [
         Goal(
             workload=name(count, size, op),
-            ours=OURS[route],
+            ours=PREPARED[route],
             kind=kind,
             against=against,
             without=without,
@@ -188,6 +190,7 @@ def _large() -> Iterable[Group]:
             *_ops(*shape, host, (0.3, 0.3), kind=Kind.CPU),
         ),
         turn_s=0.5,
+        every_ours=True,
     )
 
 
@@ -213,6 +216,7 @@ def _small() -> Iterable[Group]:
         backends=("ours", *PEERS, "memcpy"),
         workloads=_both(*shape),
         goals=tuple(_ops(*shape, host, (2.5, 2.5), NIXL)),
+        every_ours=True,
     )
 
 
@@ -238,6 +242,7 @@ def _single(count: int) -> Iterable[Group]:
             workloads=_both(*shape),
             goals=tuple(_ops(*shape, route, (bound, bound), *against)),
             turn_s=0.25,
+            every_ours=True,
         )
 
 
