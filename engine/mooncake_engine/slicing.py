@@ -140,19 +140,27 @@ def merge(op: Op, given: Runs) -> Runs:
 
 
 def _merge_few(op: Op, given: Runs) -> Runs | None:
-    """`merge` of a few runs in plain ints; None: some touch or overlap, which it does not handle.
+    """`merge` of a few runs in plain ints; None: some overlap, and numpy's way says which.
 
-    Leaves the order as it is: nobody needs it but the search for neighbours.
+    Where none can be joined the order stays: nobody needs it but the search for neighbours.
     """
     if given.lengths.size > 1:
         destinations, sources = given[:2] if op is Op.READ else given[1::-1]
+        joined: list[list[int]] = []
         written = read = -1
         for destination, source, length in sorted(
             zip(destinations.tolist(), sources.tolist(), given.lengths.tolist(), strict=True)
         ):
-            if destination < written or (destination == written and source == read):
+            if destination < written:
                 return None
+            if destination == written and source == read:
+                joined[-1][2] += length
+            else:
+                joined.append([destination, source, length])
             written, read = destination + length, source + length
+        if len(joined) < given.lengths.size:
+            into, out, lengths = np.ascontiguousarray(np.array(joined, np.uint64).T)
+            return Runs(into, out, lengths) if op is Op.READ else Runs(out, into, lengths)
     return Runs(given.local.copy(), given.remote.copy(), given.lengths.copy())
 
 

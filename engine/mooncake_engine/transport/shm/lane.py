@@ -43,8 +43,8 @@ class Way(abc.ABC):
     def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
         """The peer's addresses as addresses of `pid`. `LaneError` REFUSED: unreachable."""
 
-    def read_confirmed(self, piece: Slice) -> bool:  # noqa: ARG002 - for ways that can
-        """Read a slice of few bytes and `confirm`, at once. False: not done; go about it singly."""
+    def move_at_once(self, piece: Slice) -> bool:  # noqa: ARG002 - for ways that can
+        """Move and `confirm` a slice that one call takes. False: not done; go about it singly."""
         return False
 
     @abc.abstractmethod
@@ -74,8 +74,8 @@ class ByPid(Way):
         return addresses
 
     @override
-    def read_confirmed(self, piece: Slice) -> bool:
-        return piece.local.size < IOV_MAX and piece.nbytes <= CALL_BYTES and self._nonce.read(piece)
+    def move_at_once(self, piece: Slice) -> bool:
+        return piece.local.size < IOV_MAX and piece.nbytes <= CALL_BYTES and self._nonce.move(piece)
 
     @override
     def copy(self, op: Op, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
@@ -127,10 +127,10 @@ class ShmLane(Lane):
     def move(self, piece: Slice, deadline: float) -> None:
         with self._way.held():
             self._check(piece, deadline)
+            if self._way.move_at_once(piece):
+                return
             if piece.op is Op.WRITE:
                 self._way.confirm()  # a pid that was given away must not be written to
-            elif self._way.read_confirmed(piece):
-                return
             remote = self._way.locate(piece.remote, piece.lengths)
             runs = Runs(piece.local, remote, piece.lengths, piece.nbytes)
             done = 0

@@ -40,8 +40,8 @@ class Nonce:
         ctypes.memset(self.address, 0, NONCE_BYTES)
 
 
-class Reading:
-    """One call that reads a slice's runs and a nonce behind them. One thread at a time."""
+class Call:
+    """One call that moves a slice; a read, the nonce behind it too. One thread at a time."""
 
     def __init__(self, piece: Slice, nonce_address: int) -> None:
         """Args: piece: of fewer than `IOV_MAX` runs; nonce_address: in the other process."""
@@ -56,14 +56,18 @@ class Reading:
         table[last], table[last + 1] = here + 32 * runs, NONCE_BYTES
         table[end], table[end + 1] = nonce_address, NONCE_BYTES
         self._found = table[4 * runs :]
-        self._arguments = here, runs, here + 16 * runs, runs, piece.nbytes
-        self._nbytes = piece.nbytes + NONCE_BYTES
+        most = runs if piece.op is Op.READ else runs - 1
+        self._arguments = here, most, here + 16 * runs, most, piece.nbytes
+        self._nbytes = piece.nbytes
 
     def read(self, pid: int) -> bytes:
-        """Move it all; what was found in the nonce's place. `OSError`: not all of it came."""
-        if process_vm.move(Op.READ, pid, *self._arguments) != self._nbytes:
-            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-        return self._found.tobytes()
+        """Move it all; what was found in the nonce's place, nothing when not all of it came."""
+        moved = process_vm.move(Op.READ, pid, *self._arguments)
+        return self._found.tobytes() if moved == self._nbytes + NONCE_BYTES else b""
+
+    def write(self, pid: int) -> bool:
+        """False: not all of it went."""
+        return process_vm.move(Op.WRITE, pid, *self._arguments) == self._nbytes
 
 
 class NonceReader:
@@ -80,19 +84,28 @@ class NonceReader:
         here = address_of(self._iovecs)
         self._arguments = here, 1, here + IOVEC.itemsize, 1
 
-    def read(self, piece: Slice) -> bool:
-        """Read a slice, of fewer than `IOV_MAX` runs, and the nonce behind it, in one call.
+    def move(self, piece: Slice) -> bool:
+        """Move a slice, of fewer than `IOV_MAX` runs, in one call that is confirmed.
 
-        False: not all of that came; nothing is known then. Saves 3 us of those a small read takes.
+        False: not all of that was moved, and nothing is known. A read brings the nonce along,
+        which saves 3 us; a write has it read before, and after as each call has.
+
+        Raises `LaneError` as `confirm`.
         """
         spare = piece.spare.pop() if piece.spare else None
-        reading = spare if isinstance(spare, Reading) else Reading(piece, self._address)
+        call = spare if isinstance(spare, Call) else Call(piece, self._address)
         try:
-            found = reading.read(self._pid)
+            if piece.op is Op.READ:
+                done = call.read(self._pid) == self._value
+            else:
+                self.confirm()
+                done = call.write(self._pid)
         except OSError:
             return False
-        piece.spare.append(reading)
-        return found == self._value
+        if done and piece.op is Op.WRITE:
+            self.confirm()
+        piece.spare.append(call)
+        return done
 
     def confirm(self) -> None:
         """Raise `LaneError` unless the nonce is there: PEER_GONE, or what the errno means."""
