@@ -92,7 +92,10 @@ class NonceReader:
 
         Raises `LaneError` as `confirm`.
         """
-        spare = piece.spare.pop() if piece.spare else None
+        try:
+            spare = piece.spare.pop() if piece.spare else None
+        except IndexError:  # another lane took it between the two
+            spare = None
         call = spare if isinstance(spare, Call) else Call(piece, self._address)
         try:
             if piece.op is Op.READ:
