@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.integration, pytest.mark.restarts]
 
 SLOW_S = 5.0  # per slice of 64 KiB: a page has four, so a prompt outlasts any test
+#: Thirty-two of them on two lanes last longer than the test waits to see them under way (IDLE_S), and
+#: end while it runs.
+STEADY_S = 1.5
 DEAD_S = 12.0  # a peer is dead after 10 s of silence; one that was killed is so at once
 
 
@@ -81,7 +84,7 @@ def test_a_decode_that_stands_still_never_uses_pages_that_were_given_away(
 ) -> None:
     with_policy(stage, "recompute")
     ids = prompt(500)
-    params = prefill_leg(stage, ids) | slowed("shm", 0.5)
+    params = prefill_leg(stage, ids) | slowed("shm", STEADY_S)
     with Client(stage.decode, ids, stream=True, kv_transfer_params=params) as client:
         in_mid_transfer(stage)
         stage.decode.signal(signal.SIGSTOP)
