@@ -348,6 +348,12 @@ class DecodeSide:
             # Posted: the table must reach READING before its read fails.
             self._post(self._fail, fetch, FetchEvent.READ_FAILED, "read", f"cannot read: {exc}")
             return
+        log.debug(
+            "reading %d bytes of transfer %s for request %s",
+            fetch.batch.nbytes,
+            fetch.request.transfer_id,
+            fetch.request.request_id,
+        )
         fetch.batch.add_done_callback(lambda done: self._post(self._on_batch, fetch, done))
 
     def _next_groups(self, fetch: _Fetch) -> list[int]:

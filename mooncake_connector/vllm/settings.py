@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,15 @@ def load(vllm_config: VllmConfig) -> ConnectorConfig:
 
 
 def _log_like_vllm(level: str) -> None:
-    """Use vLLM's handlers: it formats only its own loggers, ours would say warnings bare."""
+    """Use vLLM's handlers: it formats only its own loggers, ours would say warnings bare.
+
+    Copies, since theirs let nothing pass below VLLM_LOGGING_LEVEL, whatever our level is.
+    """
     for name in ("mooncake_connector", "mooncake_engine"):
         logger = logging.getLogger(name)
         if not logger.handlers:
-            logger.handlers = list(logging.getLogger("vllm").handlers)
+            logger.handlers = [copy.copy(each) for each in logging.getLogger("vllm").handlers]
+            for handler in logger.handlers:
+                handler.setLevel(logging.NOTSET)
             logger.propagate = False
             logger.setLevel(level.upper())
