@@ -166,6 +166,7 @@ class Pair:
                 yield
             finally:
                 for side in sides:
+                    side.resume()  # a failure may have come while it was stopped
                     # One that is lost has said so to whoever asked it last.
                     with contextlib.suppress(BackendFailed):
                         side.ask(messages.Busy(on=False), messages.Done)
