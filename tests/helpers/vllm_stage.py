@@ -87,7 +87,8 @@ class Stage(ServerStage):
         )
 
     def _transfer(self, role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        common = {"testing": True, "engine.metadata.lease_ttl_s": LEASE_TTL_S}
+        # "debug": when a read begins is in the log, and nowhere else that a test could look.
+        common = {"testing": True, "log_level": "debug", "engine.metadata.lease_ttl_s": LEASE_TTL_S}
         return connector(role, self.etcd.address, common | settings) | RECORDER
 
     def _vllm(self, name: str, transfer: Mapping[str, Any] | None = None, *flags: str) -> Server:
@@ -133,6 +134,11 @@ def held_pages(server: Server) -> int:
 def waiting(server: Server) -> int:
     """Requests that wait, also those whose KV is on its way."""
     return int(metric(server, "vllm:num_requests_waiting"))
+
+
+def reads(server: Server, transfer_id: str) -> bool:
+    """Whether decode has begun to read that transfer's pages."""
+    return f" bytes of transfer {transfer_id} " in server.log.read_text(errors="replace")
 
 
 def running(server: Server) -> int:

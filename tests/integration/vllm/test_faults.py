@@ -10,14 +10,14 @@ import http
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness.completions import CompletionFailed
 from harness.transfers import Transfers
 from server_stage import IDLE_S, REPLY_S, until
 from vllm_requests import Client, ask, prefill_first, prefill_leg, send, slowed
-from vllm_stage import held_pages, metric, waiting
+from vllm_stage import held_pages, metric, reads, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.integration, pytest.mark.restarts]
 
 SLOW_S = 5.0  # per slice of 64 KiB: a page has four, so a prompt outlasts any test
-#: Thirty-two of them on two lanes last longer than the test waits to see them under way (IDLE_S), and
-#: end while it runs.
+#: Thirty-two of them on two lanes last longer than a test waits to see them under way (IDLE_S),
+#: and end while it runs.
 STEADY_S = 1.5
 DEAD_S = 12.0  # a peer is dead after 10 s of silence; one that was killed is so at once
 
@@ -52,8 +52,9 @@ def everything_is_found_again(
         assert metric(proxy, "mooncake_proxy_recomputed_total") == alone
 
 
-def in_mid_transfer(stage: Stage, requests: int = 1) -> None:
-    """Return when that many requests' pages are being read, slowly."""
+def in_mid_transfer(stage: Stage, params: dict[str, Any], requests: int = 1) -> None:
+    """Return when that transfer's pages are being read, slowly, and so many requests wait."""
+    until(lambda: reads(stage.decode, params["transfer_id"]), IDLE_S, "decode reads")
     until(lambda: waiting(stage.decode) == requests, IDLE_S, "decode waits for KV")
     until(lambda: held_pages(stage.prefill) > 0, IDLE_S, "prefill holds the pages")
 
@@ -66,7 +67,7 @@ def test_a_prefill_that_stands_still_is_given_up_and_taken_back(
     ids = prompt(500)
     params = prefill_leg(stage, ids) | slowed(path, SLOW_S)
     with Client(stage.decode, ids, stream=True, kv_transfer_params=params) as client:
-        in_mid_transfer(stage)
+        in_mid_transfer(stage, params)
         stage.prefill.signal(signal.SIGSTOP)
         try:
             stopped = time.monotonic()
@@ -86,7 +87,7 @@ def test_a_decode_that_stands_still_never_uses_pages_that_were_given_away(
     ids = prompt(500)
     params = prefill_leg(stage, ids) | slowed("shm", STEADY_S)
     with Client(stage.decode, ids, stream=True, kv_transfer_params=params) as client:
-        in_mid_transfer(stage)
+        in_mid_transfer(stage, params)
         stage.decode.signal(signal.SIGSTOP)
         try:
             until(lambda: held_pages(stage.prefill) == 0, DEAD_S, "prefill gave decode up")
@@ -107,7 +108,7 @@ def test_a_killed_prefill_is_replaced_by_decode_computing_itself(
     params = prefill_leg(stage, ids) | slowed("tcp", SLOW_S)
     gone = metric(stage.decode, "mooncake_connector:failures_total", reason="prefill_gone")
     with Client(stage.decode, ids, stream=True, kv_transfer_params=params) as client:
-        in_mid_transfer(stage)
+        in_mid_transfer(stage, params)
         stage.prefill.kill()
         killed = time.monotonic()
         tokens = client.streamed()
@@ -126,7 +127,7 @@ def test_a_killed_decode_leaves_no_page_held_and_prefill_serves_on(
     ids = prompt(500)
     params = prefill_leg(stage, ids) | slowed("shm", SLOW_S)
     with Client(stage.decode, ids, stream=True, kv_transfer_params=params):
-        in_mid_transfer(stage)
+        in_mid_transfer(stage, params)
         stage.decode.kill()
         until(lambda: held_pages(stage.prefill) == 0, 10, "prefill's pages are free")
     alone = prompt(300)
@@ -146,7 +147,7 @@ def test_a_killed_prefill_is_a_clear_error_under_the_policy_fail(
     with ThreadPoolExecutor(2) as threads:
         direct = threads.submit(send, stage.decode, ids, kv_transfer_params=params)
         through = threads.submit(ask, proxies["prefill-first"], proxied, kv_transfer_params=slow)
-        in_mid_transfer(stage, requests=2)
+        in_mid_transfer(stage, params, requests=2)
         stage.prefill.kill()
         killed = time.monotonic()
         with pytest.raises(CompletionFailed) as failed:
