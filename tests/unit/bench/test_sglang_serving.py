@@ -174,7 +174,7 @@ def metrics(page: str) -> Iterator[str]:
             """Keep pytest's output readable."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Page) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{listening.server_port}"
         listening.shutdown()

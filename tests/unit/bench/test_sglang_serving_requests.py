@@ -53,7 +53,7 @@ class Leg(BaseHTTPRequestHandler):
 def serving(*tokens: int, met: threading.Barrier, **said: float) -> Iterator[tuple[str, type[Leg]]]:
     kind = type("ThisLeg", (Leg,), {"tokens": tokens, "met": met, "said": said})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{listening.server_port}", kind
         listening.shutdown()
