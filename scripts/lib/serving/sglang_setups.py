@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import serving.urls
 from serving.setup import Setup
 from serving.sglang_servers import STOCK, Plan, attached, pair, regular
-from serving.urls import named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,29 +75,10 @@ def one_pair(name: str, plan: Plan) -> Setup:
 
 
 def user_run(urls: Sequence[str], both_legs: Sequence[str]) -> tuple[Setup, ...]:
-    """Servers that are up already, one set-up for each `--url`; the first is the reference.
-
-    Raises:
-        ValueError: For what is not NAME=URL, or legs of a name without a URL.
-    """
-    routers = dict(named(text, 1, 1) for text in urls)
-    pairs = dict(named(text, 2, 3) for text in both_legs)
-    if unknown := sorted(pairs.keys() - routers.keys()):
-        raise ValueError(f"--legs of {', '.join(unknown)}: there is no --url of that name")
-    made = []
-    for number, (name, (url,)) in enumerate(routers.items()):
-        kind = "ours" if name.startswith("ours") else "peer"
-        made.append(
-            Setup(
-                name=name,
-                framework="url",
-                route="",
-                kind=kind if number else "aggregated",
-                servers=0,
-                open=functools.partial(_attached, urls=(url, *pairs.get(name, ()))),
-            )
-        )
-    return tuple(made)
+    """One for each `--url`, spoken to in SGLang's API; raises as `serving.urls.user_run`."""
+    return serving.urls.user_run(
+        urls, both_legs, lambda url, pair: functools.partial(_attached, urls=(url, *pair))
+    )
 
 
 def _attached(place: Place, urls: Sequence[str]) -> AbstractContextManager[Running]:

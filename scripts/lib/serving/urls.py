@@ -21,7 +21,8 @@ from serving import legs, vllm_load
 from serving.setup import Running, Setup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from harness.completions import Reply
@@ -30,7 +31,21 @@ if TYPE_CHECKING:
 
 
 def setups(urls: Sequence[str], both_legs: Sequence[str], model: str) -> tuple[Setup, ...]:
-    """One for each `--url`.
+    """One for each `--url`, of servers that speak OpenAI's API; `ValueError` as `user_run`."""
+    return user_run(urls, both_legs, lambda url, pair: partial(_opened, url, pair, model))
+
+
+def user_run(
+    urls: Sequence[str],
+    both_legs: Sequence[str],
+    opener: Callable[[str, tuple[str, ...]], Callable[[Place], AbstractContextManager[Running]]],
+) -> tuple[Setup, ...]:
+    """Servers that are up already, one set-up for each `--url`; the first is the reference.
+
+    Args:
+        urls: NAME=URL each, of what takes requests.
+        both_legs: NAME=PREFILL,DECODE[,BOOTSTRAP] each, of some of them.
+        opener: Of a URL and the URLs of its pair (none where `--legs` has none) -> `Setup.open`.
 
     Raises:
         ValueError: For what is not NAME=URL, or legs of a name without a URL.
@@ -39,19 +54,17 @@ def setups(urls: Sequence[str], both_legs: Sequence[str], model: str) -> tuple[S
     pairs = dict(named(text, 2, 3) for text in both_legs)
     if unknown := sorted(pairs.keys() - routers.keys()):
         raise ValueError(f"--legs of {', '.join(unknown)}: there is no --url of that name")
-    made = []
-    for number, (name, (url,)) in enumerate(routers.items()):
-        made.append(
-            Setup(
-                name=name,
-                framework="url",
-                route="",
-                kind=_kind(name) if number else "aggregated",
-                servers=0,
-                open=partial(_opened, url, pairs.get(name, ()), model),
-            )
+    return tuple(
+        Setup(
+            name=name,
+            framework="url",
+            route="",
+            kind=_kind(name) if number else "aggregated",
+            servers=0,
+            open=opener(url, pairs.get(name, ())),
         )
-    return tuple(made)
+        for number, (name, (url,)) in enumerate(routers.items())
+    )
 
 
 def named(text: str, fewest: int, most: int) -> tuple[str, tuple[str, ...]]:
