@@ -18,6 +18,28 @@ void fill_runs(struct iovec *into, const uint64_t *addresses, const uint64_t *le
     }
 }
 
+struct cursor ask(struct iovec *parts, struct request *request, const struct slice *slice)
+{
+    size_t count = 0, table = slice->count * sizeof *slice->remote;
+    uint64_t bytes = HEADER_BYTES + 2 * table + slice->grant_bytes;
+    *request = (struct request){.op = slice->op,
+                                .grant_bytes = slice->grant_bytes,
+                                .runs = slice->count,
+                                .nbytes = slice->nbytes,
+                                .request_id = request->request_id + 1};
+    parts[count++] = (struct iovec){request, HEADER_BYTES};
+    parts[count++] = (struct iovec){(void *)slice->remote, table};
+    parts[count++] = (struct iovec){(void *)slice->lengths, table};
+    if (slice->grant_bytes)
+        parts[count++] = (struct iovec){(void *)slice->grant, slice->grant_bytes};
+    if (slice->op == WRITE) {
+        fill_runs(parts + count, slice->local, slice->lengths, slice->count);
+        count += slice->count;
+        bytes += slice->nbytes;
+    }
+    return cursor_over(parts, count, bytes);
+}
+
 static void advance(struct cursor *cursor, size_t moved)
 {
     cursor->left -= moved;

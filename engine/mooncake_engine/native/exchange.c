@@ -8,7 +8,6 @@
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
 
 /* Where a peer's answer is waited for with open eyes: what takes longer to copy than a wake-up
@@ -19,20 +18,15 @@ enum step { SENDING, AWAITING, SCATTERING };
 
 struct exchange {
     int fd;
-    bool is_write;
     enum step step;
-    uint32_t runs;
-    uint64_t nbytes;
-    const uint64_t *local;   /* Python keeps both alive until the exchange is over */
-    const uint64_t *lengths;
-    struct cursor cursor;    /* of what the step moves */
+    const struct slice *slice; /* Python keeps it alive until the exchange is over */
+    struct cursor cursor;      /* of what the step moves */
     struct spin spin;
-    int64_t look;            /* ns left to look for bytes in this exchange */
-    struct iovec one;        /* the answer */
-    uint8_t header[HEADER_BYTES];
-    uint8_t expected[ANSWER_BYTES];
-    uint8_t answer[ANSWER_BYTES];
-    struct iovec iovecs[MOST_RUNS + 4]; /* header, addresses, lengths, grant, then a write's bytes */
+    int64_t look;              /* ns left to look for bytes in this exchange */
+    struct iovec one;          /* the answer */
+    struct request request;
+    struct told told;
+    struct iovec iovecs[ASK_PARTS + MOST_RUNS];
 };
 
 EXPORT struct exchange *mooncake_exchange_new(int fd)
@@ -48,24 +42,25 @@ EXPORT void mooncake_exchange_free(struct exchange *exchange)
     free(exchange);
 }
 
-/* The header of an answer that HANDED spoke of. */
-EXPORT const uint8_t *mooncake_exchange_answer(const struct exchange *exchange)
+/* What HANDED spoke of. */
+EXPORT const struct told *mooncake_exchange_told(const struct exchange *exchange)
 {
-    return exchange->answer;
+    return &exchange->told;
 }
 
 static void await_answer(struct exchange *exchange)
 {
     exchange->step = AWAITING;
-    exchange->one = (struct iovec){exchange->answer, ANSWER_BYTES};
+    exchange->one = (struct iovec){&exchange->told.answer, ANSWER_BYTES};
     exchange->cursor = cursor_over(&exchange->one, 1, ANSWER_BYTES);
 }
 
 static void scatter(struct exchange *exchange)
 {
     exchange->step = SCATTERING;
-    fill_runs(exchange->iovecs, exchange->local, exchange->lengths, exchange->runs);
-    exchange->cursor = cursor_over(exchange->iovecs, exchange->runs, exchange->nbytes);
+    const struct slice *slice = exchange->slice;
+    fill_runs(exchange->iovecs, slice->local, slice->lengths, slice->count);
+    exchange->cursor = cursor_over(exchange->iovecs, slice->count, slice->nbytes);
 }
 
 /* One call for the present step. Spins where bytes are awaited and soon there; `hold`: and does not
@@ -75,7 +70,7 @@ static int64_t move_once(struct exchange *exchange, bool hold)
     int wait = hold ? MSG_DONTWAIT : 0;
     if (exchange->step == SENDING)
         return send_once(exchange->fd, &exchange->cursor, wait);
-    if (exchange->nbytes <= SPIN_BYTES) {
+    if (exchange->slice->nbytes <= SPIN_BYTES) {
         int64_t moved = receive_spinning(exchange->fd, &exchange->cursor, &exchange->spin,
                                          &exchange->look);
         if (moved != -EAGAIN || hold)
@@ -106,9 +101,9 @@ static int proceed(struct exchange *exchange, bool hold)
             await_answer(exchange);
             break;
         case AWAITING:
-            if (memcmp(exchange->answer, exchange->expected, ANSWER_BYTES) != 0)
+            if (!says_ok(&exchange->told))
                 return HANDED;
-            if (exchange->is_write)
+            if (exchange->slice->op == WRITE)
                 return DONE;
             scatter(exchange);
             break;
@@ -118,62 +113,29 @@ static int proceed(struct exchange *exchange, bool hold)
     }
 }
 
-/* Begin an exchange and take it as far as it goes. `header` and `expected` are frames of wire.py:
- * the request's, and the answer that says OK to it. */
-static int start(struct exchange *exchange, const uint8_t *header, const uint8_t *expected,
-                 const uint64_t *remote, const uint64_t *lengths, const uint64_t *local,
-                 uint32_t runs, uint64_t nbytes, const uint8_t *grant, uint32_t grant_bytes,
-                 int is_write, bool hold)
+/* Begin an exchange and take it as far as it goes. */
+static int start(struct exchange *exchange, const struct slice *slice, bool hold)
 {
-    if (!runs || runs > MOST_RUNS)
+    if (!slice->count || slice->count > MOST_RUNS)
         return -EINVAL;
-    exchange->is_write = is_write;
-    exchange->runs = runs;
-    exchange->nbytes = nbytes;
-    exchange->local = local;
-    exchange->lengths = lengths;
+    exchange->slice = slice;
     exchange->step = SENDING;
     exchange->look = SPIN_NS;
-    memcpy(exchange->header, header, HEADER_BYTES);
-    memcpy(exchange->expected, expected, ANSWER_BYTES);
-
-    struct iovec *parts = exchange->iovecs;
-    size_t count = 0, table = (size_t)runs * sizeof *remote;
-    uint64_t bytes = HEADER_BYTES + 2 * table + grant_bytes;
-    parts[count++] = (struct iovec){exchange->header, HEADER_BYTES};
-    parts[count++] = (struct iovec){(void *)remote, table};
-    parts[count++] = (struct iovec){(void *)lengths, table};
-    if (grant_bytes)
-        parts[count++] = (struct iovec){(void *)grant, grant_bytes};
-    if (is_write) {
-        fill_runs(parts + count, local, lengths, runs);
-        count += runs;
-        bytes += nbytes;
-    }
-    exchange->cursor = cursor_over(parts, count, bytes);
+    exchange->cursor = ask(exchange->iovecs, &exchange->request, slice);
+    exchange->told.request_id = exchange->request.request_id;
     return proceed(exchange, hold);
 }
 
 /* For a small slice, called with the interpreter lock held: gives up with AGAIN where it would
  * block, after at most one spin. To give the lock up beside a busy Python thread costs 5 ms. */
-EXPORT int mooncake_exchange_hold(struct exchange *exchange, const uint8_t *header,
-                                  const uint8_t *expected, const uint64_t *remote,
-                                  const uint64_t *lengths, const uint64_t *local, uint32_t runs,
-                                  uint64_t nbytes, const uint8_t *grant, uint32_t grant_bytes,
-                                  int is_write)
+EXPORT int mooncake_exchange_hold(struct exchange *exchange, const struct slice *slice)
 {
-    return start(exchange, header, expected, remote, lengths, local, runs, nbytes, grant,
-                 grant_bytes, is_write, true);
+    return start(exchange, slice, true);
 }
 
-EXPORT int mooncake_exchange_start(struct exchange *exchange, const uint8_t *header,
-                                   const uint8_t *expected, const uint64_t *remote,
-                                   const uint64_t *lengths, const uint64_t *local, uint32_t runs,
-                                   uint64_t nbytes, const uint8_t *grant, uint32_t grant_bytes,
-                                   int is_write)
+EXPORT int mooncake_exchange_start(struct exchange *exchange, const struct slice *slice)
 {
-    return start(exchange, header, expected, remote, lengths, local, runs, nbytes, grant,
-                 grant_bytes, is_write, false);
+    return start(exchange, slice, false);
 }
 
 /* Go on with one that returned AGAIN; blocks. */

@@ -18,9 +18,9 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raise it with every change of what Python calls: a library of another number is not used. */
-#define MOONCAKE_ABI 3
+#define MOONCAKE_ABI 4
 
-/* How a call ended. Other negative numbers are -errno. The numbers are repeated in __init__.py. */
+/* How a call ended. Negative numbers are -errno. The numbers are repeated in __init__.py. */
 enum outcome {
     DONE = 0,
     AGAIN = 1,   /* it would block, its time-out passed, or a signal came: look, then go on */
@@ -36,12 +36,62 @@ enum {
     ANSWER_BYTES = 16,   /* wire.py, ANSWER */
 };
 
+/* Frames, as wire.py has them; the answer's status 0 is OK. */
+enum { READ = 1, WRITE = 2 };
+struct request {
+    uint8_t op;
+    uint8_t unused;
+    uint16_t grant_bytes;
+    uint32_t runs;
+    uint64_t nbytes;
+    uint64_t request_id;
+};
+struct answer {
+    uint8_t status;
+    uint8_t unused;
+    uint16_t reason_bytes;
+    uint32_t unused_too;
+    uint64_t request_id;
+};
+_Static_assert(sizeof(struct request) == HEADER_BYTES, "wire.py, REQUEST");
+_Static_assert(sizeof(struct answer) == ANSWER_BYTES, "wire.py, ANSWER");
+
+/* An answer, and the request that it ought to be for. What is no OK goes to Python as it is. */
+struct told {
+    struct answer answer;
+    uint64_t request_id;
+};
+
+static inline bool says_ok(const struct told *told)
+{
+    const struct answer *answer = &told->answer;
+    return !answer->status && !answer->unused && !answer->reason_bytes && !answer->unused_too &&
+           answer->request_id == told->request_id;
+}
+
+/* What Python asks to be moved; types.py packs it and keeps what it points to. */
+struct slice {
+    uint64_t op;
+    uint64_t count; /* of runs */
+    uint64_t nbytes;
+    const uint64_t *local, *remote, *lengths;
+    const uint8_t *grant;
+    uint64_t grant_bytes;
+};
+
 /* cursor.c: iovecs that a socket call may move in part. */
 struct cursor {
     struct iovec *at; /* the first that is not done */
     size_t count;
     uint64_t left;    /* bytes */
 };
+
+/* Header, addresses, lengths and grant come before a write's bytes. */
+enum { ASK_PARTS = 4 };
+
+/* A request for the slice in `parts`, with room for ASK_PARTS + count, all of it still to be sent;
+ * `request` is its header, numbered anew. */
+struct cursor ask(struct iovec *parts, struct request *request, const struct slice *slice);
 
 struct cursor cursor_over(struct iovec *runs, size_t count, uint64_t bytes);
 void fill_runs(struct iovec *into, const uint64_t *addresses, const uint64_t *lengths, size_t count);
@@ -62,6 +112,31 @@ struct spin {
 /* As receive_once, without blocking: looks for bytes for up to `budget` ns, and takes what it took
  * from that. -EAGAIN: none came, or it was not worth looking. */
 int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t *budget);
+
+/* team.c: threads that move one large slice together. They take pieces of it, as many runs and bytes
+ * as one system call should have, until there are none left: who is slower takes fewer. */
+struct piece {
+    struct slice slice; /* its arrays are those below */
+    uint64_t local[MOST_RUNS], remote[MOST_RUNS], lengths[MOST_RUNS];
+};
+
+struct team;
+
+/* What a member does in a turn; `own` is its. How it ended: DONE, or what the turn shall end with. */
+typedef int team_work(struct team *team, void *own);
+
+/* `size` members, whose `own`s become the team's and are freed with it. Where the caller takes part,
+ * the first is done by the thread that runs the team. NULL with errno when a thread cannot be had. */
+struct team *team_new(team_work *work, void *const *own, size_t size, bool caller_takes_part);
+void *team_own(struct team *team, size_t member);
+
+/* The next piece, for one member. False: there is none left, or the turn ends early. */
+bool team_deal(struct team *team, struct piece *piece);
+
+/* Past the deadline of the slice, or told to stop? */
+bool team_is_late(struct team *team);
+
+int64_t now_ns(void); /* CLOCK_MONOTONIC, as Python's time.monotonic_ns */
 
 /* regions.c and grants.c: what the serving loop may touch, and who is touching it. Python's tables
  * keep them up to date. A use is on its list from the check that permits it until its last byte, so

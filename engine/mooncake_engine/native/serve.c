@@ -10,26 +10,6 @@
 #include <string.h>
 #include <sys/socket.h>
 
-/* As wire.py has them; the answer's status 0 is OK. */
-struct request {
-    uint8_t op;
-    uint8_t unused;
-    uint16_t grant_bytes;
-    uint32_t runs;
-    uint64_t nbytes;
-    uint64_t request_id;
-};
-struct answer {
-    uint8_t status;
-    uint8_t unused;
-    uint16_t reason_bytes;
-    uint32_t unused_too;
-    uint64_t request_id;
-};
-_Static_assert(sizeof(struct request) == HEADER_BYTES, "wire.py, REQUEST");
-_Static_assert(sizeof(struct answer) == ANSWER_BYTES, "wire.py, ANSWER");
-enum { READ = 1, WRITE = 2 };
-
 enum { SPIN_BYTES = 64 << 10 }; /* after a slice up to this the next request is looked for */
 
 struct serving {

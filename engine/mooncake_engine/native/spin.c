@@ -8,19 +8,11 @@
 
 #include <errno.h>
 #include <sys/socket.h>
-#include <time.h>
 
 enum {
     ABSENT_NS = 20000,    /* between two looks, each under 1 us: we were off the core */
     MOST_LEFT_OUT = 256,  /* chances: beside a slow peer, 0.2 us each of a wait of 50 or more */
 };
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
 
 static void wasted(struct spin *spin)
 {

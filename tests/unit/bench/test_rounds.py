@@ -121,7 +121,7 @@ def test_rounds_go_on_until_there_are_enough_valid_ones_or_time_is_over(tmp_path
         found = run_rounds(pairs, variants, [workload("read", scattered("read", 1))], plan)
     valid = [found.valid_rounds(variant.name, "read") for variant in variants]
     if found.ended == "2 valid rounds of each":
-        assert valid == [2, 2]
+        assert min(valid) == 2  # who has enough goes on beside who has not
     else:  # a busy machine
         assert found.ended == f"the limit of 2 s; valid rounds there are of read {min(valid)}"
     firsts = {t.round: t.variant for t in reversed(found.turns)}
