@@ -15,6 +15,7 @@ from mooncake_engine.types import Completion, Path, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
+    from typing import Self
 
     from mooncake_engine.slicing import Plan
     from mooncake_engine.types import Slice
@@ -77,12 +78,21 @@ class Progress:
         self._waiting.clear()
 
 
+#: For the few lines in which a batch ends, whose batch it is: a lock of its own costs more.
+_ENDING = threading.Lock()
+
+
 class Batch:
     """A transfer under way. Its methods may be called from any thread; `await batch` works too.
 
     Exactly one `Completion` ends it. The engine keeps a batch alive until then, so that a caller
     may forget it.
     """
+
+    __slots__ = (
+        *("plan", "op", "path", "progress", "nbytes", "submitted", "deadline", "first_taken"),
+        *("_stop", "_on_end", "_completion", "_callbacks", "_ended", "__weakref__"),
+    )
 
     def __init__(
         self,
@@ -103,9 +113,9 @@ class Batch:
         self.first_taken: float | None = None  # monotonic second; set by the worker
         self._stop = stop
         self._on_end = on_end
-        self._lock = threading.Lock()  # guards all below
+        # Guarded by _ENDING:
         self._completion: Completion | None = None
-        self._callbacks: list[Callable[[Completion], object]] = []
+        self._callbacks: list[Callable[[Completion], object]] | None = None
         self._ended: threading.Event | None = None  # for who waits; most ends are not waited for
 
     @override
@@ -128,7 +138,7 @@ class Batch:
         end = self.poll()
         if end is not None:
             return end
-        with self._lock:
+        with _ENDING:
             ended = self._ended = self._ended or threading.Event()
             if self._completion is not None:
                 ended.set()
@@ -162,9 +172,9 @@ class Batch:
         It holds up that thread, which serves other batches too: keep it short. What it raises is
         logged.
         """
-        with self._lock:
+        with _ENDING:
             if self._completion is None:
-                self._callbacks.append(callback)
+                self._callbacks = [*(self._callbacks or ()), callback]
                 return
         _call(callback, self._completion)
 
@@ -186,6 +196,11 @@ class Batch:
         self.add_done_callback(wake)
         return future.__await__()
 
+    def ended(self, end: Completion) -> Self:
+        """Itself, for a batch that was over before it was made."""
+        self._completion = end
+        return self
+
     def finish(self, failure: Failure | None) -> None:
         """End the batch. Called once, by whoever `Progress` (or an empty submit) told to."""
         now = time.monotonic()
@@ -200,11 +215,11 @@ class Batch:
             total_s=now - self.submitted,
         )
         self._on_end(self, completion)
-        with self._lock:
+        with _ENDING:
             if self._completion is not None:
                 raise AssertionError(f"{self!r} was ended twice; second: {completion}")
             self._completion = completion
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._callbacks = self._callbacks or (), None
             ended = self._ended
         if ended is not None:
             ended.set()

@@ -57,6 +57,7 @@ class ShmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     # Yama's ptrace_scope 1 (Ubuntu): permit any process of our user to read this one's memory.
     allow_any_reader: bool = True
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    native: bool = True  # as for tcp
 
 
 class RdmaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

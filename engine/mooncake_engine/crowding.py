@@ -1,4 +1,4 @@
-"""Is the interpreter lock to be had? Measured where a thread gives it up and wants it back.
+"""Is the interpreter lock to be had? Told by who gave it up and had to wait for it.
 
 Beside a thread that runs Python all the time, each return from a call without the lock waits for
 the switch interval, 5 ms by default. Where that is so, a call of 2 ms is better made with the lock
@@ -7,16 +7,11 @@ held: the others lose less by that than we gain, and no more than to any other P
 
 from __future__ import annotations
 
-import contextlib
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 #: A wait that says something: nobody waits so long for a lock that is free, and for a core that
 #: others use it is as well not to ask twice.
-LONG_S = 0.002
+LONG_NS = 2_000_000
 #: So long is one such wait believed. Then one call finds out anew, for 5 ms or so.
 BELIEVED_S = 1.0
 
@@ -32,11 +27,11 @@ class Crowding:
         """Whether giving the lock up would cost more than a few milliseconds of holding it."""
         return self._until > 0.0 and time.monotonic() < self._until
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Around a call that gives the lock up and computes all the time: the rest is waiting."""
-        began, used = time.monotonic(), time.thread_time()
-        yield
-        now = time.monotonic()
-        if now - began - (time.thread_time() - used) > LONG_S:
-            self._until = now + BELIEVED_S
+    def waited(self, ns: int) -> None:
+        """A thread that gave the lock up waited so long until it had it again."""
+        if ns > LONG_NS:
+            self._until = time.monotonic() + BELIEVED_S
+
+
+#: There is one interpreter lock.
+CROWDING = Crowding()

@@ -366,7 +366,7 @@ class TransferEngine:
 
     def statistics(self) -> dict[Key, Totals]:
         """Sums over ended batches by (scheme, op, status)."""
-        return self._office.counters.snapshot()
+        return self._office.statistics()
 
 
 def _unregister(region: Region, transports: Iterable[Transport]) -> None:

@@ -49,27 +49,45 @@ class FailoverLink(Link):
 
     def __init__(self, first: Route, around: Callable[[], Route] | None) -> None:
         """Args: around: connects another path, or raises `PathUnavailable`; None: not permitted."""
-        self.lanes = first.link.lanes
-        self.slice_bytes = first.link.slice_bytes
-        self.prompt = first.link.prompt
-        self._first = first
         self._detour = Detour(first.path.scheme, around)
+        self._take(first.link)
+        if first.link.bulk is not None:
+            self.bulk = _BulkLink(first.link.bulk, self._detour)
+
+    def _take(self, link: Link) -> None:
+        self.lanes = link.lanes
+        self.slice_bytes = link.slice_bytes
+        self.slice_runs = link.slice_runs
+        self.at_once = link.at_once
+        self._first = link
 
     @property
     def first(self) -> Link:
         """The link of the segment's own path, for who wants more of it than every `Link` has."""
-        return self._first.link
+        return self._first
 
     @override
     def open_lane(self) -> Lane:
-        lane = FailoverLane(self._first.link, self._detour)
+        lane = FailoverLane(self._first, self._detour)
         lane.open()
         return lane
 
     @override
     def close(self) -> None:
         self._detour.close()
-        self._first.link.close()
+        self._first.close()
+
+
+class _BulkLink(FailoverLink):
+    """The part for large batches. They take the same detour, which is the whole link's to close."""
+
+    def __init__(self, first: Link, detour: Detour) -> None:
+        self._detour = detour
+        self._take(first)
+
+    @override
+    def close(self) -> None:
+        self._first.close()
 
 
 class Detour:
@@ -192,11 +210,12 @@ class FailoverLane(Lane):
     def move(self, piece: Slice, deadline: float) -> None:
         self.path = None
         try:
-            self._first_lane().move(piece, deadline)
+            (self._first or self._first_lane()).move(piece, deadline)
         except PathLost as lost:
             self._move_around(piece, deadline, lost)
         else:
-            self._come_back()
+            if self._second is not None:  # set by the thread that moves
+                self._come_back()
 
     @override
     def interrupt(self) -> None:
@@ -216,13 +235,12 @@ class FailoverLane(Lane):
         return [lane for lane in lanes if lane is not None]
 
     def _first_lane(self) -> Lane:
-        if self._first is None:
-            lane = self._link.open_lane()
-            with self._changed:
-                self._first = lane
-                if self._interrupted:  # while it opened; its `move` will raise
-                    lane.interrupt()
-        return self._first
+        lane = self._link.open_lane()
+        with self._changed:
+            self._first = lane
+            if self._interrupted:  # while it opened; its `move` will raise
+                lane.interrupt()
+        return lane
 
     def _move_around(self, piece: Slice, deadline: float, lost: PathLost) -> None:
         reason = f"{self._detour.instead_of}: {lost}"
@@ -233,7 +251,7 @@ class FailoverLane(Lane):
         self.path = Path(scheme, reason)
         self._detour.taken(self.path)
         try:
-            for part in _cut(piece, route.link.slice_bytes):
+            for part in _cut(piece, route.link):
                 lane.move(part, deadline)
         except LaneError as error:
             raise LaneError(error.status, f"{error} (over {scheme}, since {reason})") from error
@@ -259,8 +277,6 @@ class FailoverLane(Lane):
 
     def _come_back(self) -> None:
         """The own path moves slices again: a lane kept for nothing costs the peer a thread."""
-        if self._second is None:  # set by the thread that moves, and here
-            return
         with self._changed:
             second, self._second = self._second, None
         if second is not None:
@@ -272,12 +288,12 @@ class FailoverLane(Lane):
             self._changed.notify_all()
 
 
-def _cut(piece: Slice, slice_bytes: int) -> list[Slice]:
+def _cut(piece: Slice, link: Link) -> list[Slice]:
     """The slice in pieces for a link that takes smaller ones."""
-    if piece.nbytes <= slice_bytes:
+    if piece.nbytes <= link.slice_bytes and piece.local.size <= link.slice_runs:
         return [piece]
     runs = slicing.Runs(piece.local, piece.remote, piece.lengths)
-    return slicing.cut(piece.op, runs, piece.grant, slice_bytes)
+    return slicing.cut(piece.op, runs, piece.grant, link.slice_bytes, link.slice_runs)
 
 
 def _opened(opening: Future[tuple[Route, Lane]], reason: str) -> tuple[Route, Lane]:

@@ -8,19 +8,17 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from mooncake_engine.errors import LaneError
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from mooncake_engine.batch import Batch
     from mooncake_engine.transport.base import Lane
 
 
 class Hand:
-    """One thread and its lane, or a guest's lane; fields are guarded by the worker's lock."""
+    """One thread and its lane; fields are guarded by the worker's lock."""
 
-    thread: threading.Thread  # a guest has none
+    thread: threading.Thread
 
     def __init__(self, lock: threading.Lock) -> None:
         self.lane: Lane | None = None
@@ -89,55 +87,3 @@ class IdleHands:
         """The borrower is done with the lane."""
         hand.lent, hand.used = False, True
         self._waiting.append(hand)
-
-
-class Guests:
-    """Lanes for callers who bring small batches, over links that are `prompt`.
-
-    As many as there are callers at once: no thread has to give one of its own, and opening and
-    closing them takes no time, so it is done under the lock.
-    """
-
-    def __init__(self, lock: threading.Lock, open_lane: Callable[[], Lane]) -> None:
-        self._lock = lock
-        self._open_lane = open_lane
-        self._left = threading.Condition(lock)
-        self._awaited = False  # somebody waits for them to leave
-        self._inside: set[Hand] = set()
-        self._free: list[Hand] = []
-
-    def __iter__(self) -> Iterator[Hand]:
-        """Those who move something."""
-        return iter(self._inside)
-
-    def enter(self) -> Hand | None:
-        """A hand for the calling thread; None: no lane can be opened."""
-        if self._free:
-            hand = self._free.pop()
-        else:
-            hand = Hand(self._lock)
-            try:
-                hand.lane = self._open_lane()
-            except LaneError:
-                return None
-        self._inside.add(hand)
-        return hand
-
-    def leave(self, hand: Hand) -> None:
-        """The guest is done. Its lane serves the next one, unless it is spent."""
-        self._inside.discard(hand)
-        if self._awaited:
-            self._left.notify_all()
-        if not hand.spent:
-            self._free.append(hand)
-        elif hand.lane is not None:
-            hand.lane.close()
-
-    def see_out(self, timeout: float) -> None:
-        """Wait until all have left, at most `timeout` seconds, and close their lanes."""
-        self._awaited = True
-        self._left.wait_for(lambda: not self._inside, timeout)
-        for hand in self._free:
-            if hand.lane is not None:
-                hand.lane.close()
-        self._free.clear()

@@ -102,16 +102,17 @@ class RegionTable:
     """Regions of this process. Safe to call from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Condition()  # guards all below; _bounds: its swap
+        self._lock = threading.Condition()  # guards all below; bounds: its swap
         self._regions: dict[int, Region] = {}
-        self._bounds = Bounds()
+        #: What is registered now; another object after each change.
+        self.bounds: Bounds = Bounds()
         self._uses: set[_Use] = set()
         self._ledgers: list[Ledger] = []
 
     def follow(self, ledger: Ledger) -> None:
         """Keep `ledger` equal to this table, from now on."""
         with self._lock:
-            ledger.replace(self._bounds.starts, self._bounds.ends)
+            ledger.replace(self.bounds.starts, self.bounds.ends)
             self._ledgers.append(ledger)
 
     def add(self, region: Region) -> None:
@@ -170,7 +171,7 @@ class RegionTable:
         """
         use = _Use(addresses, lengths, interrupt)
         with self._lock:
-            self._bounds.check(addresses, lengths, "this engine")
+            self.bounds.check(addresses, lengths, "this engine")
             self._uses.add(use)
         try:
             yield
@@ -180,18 +181,13 @@ class RegionTable:
                 self._lock.notify_all()
 
     def _rebuild(self, gone: tuple[int, int] = (0, 0)) -> None:
-        self._bounds = Bounds((r.address, r.length) for r in self._regions.values())
+        self.bounds = Bounds((r.address, r.length) for r in self._regions.values())
         for ledger in self._ledgers:  # under the lock: two changes arrive in their order
-            ledger.replace(self._bounds.starts, self._bounds.ends, gone)
-
-    @property
-    def bounds(self) -> Bounds:
-        """What is registered now; another object after each change."""
-        return self._bounds
+            ledger.replace(self.bounds.starts, self.bounds.ends, gone)
 
     def check(self, addresses: Uint64s, lengths: Uint64s, whose: str = "this engine") -> None:
         """Raise `OutOfBounds` unless each run lies inside one region."""
-        self._bounds.check(addresses, lengths, whose)
+        self.bounds.check(addresses, lengths, whose)
 
     def records(self) -> tuple[RegionRecord, ...]:
         """What peers may know."""

@@ -61,7 +61,7 @@ class Peers:
         # Ask all before waiting for one, so that the waits overlap.
         failure = Failure(Status.CANCELLED, "the engine was closed")
         for segment in segments:
-            segment.worker.stop_all(failure)
+            segment.stop_all(failure)
         for segment in segments:
             segment.close(failure)
 

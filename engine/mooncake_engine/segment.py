@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from typing_extensions import override
 
 from mooncake_engine.batch import Failure
+from mooncake_engine.bulk import LendingLink
 from mooncake_engine.device import is_device
 from mooncake_engine.errors import PathUnavailable
 from mooncake_engine.failover import FailoverLink, Route
 from mooncake_engine.memory import Bounds
+from mooncake_engine.slicing import MIN_SHARE
 from mooncake_engine.types import Path, Status
 from mooncake_engine.worker import LinkWorker
 
@@ -41,9 +43,16 @@ class Segment:
         self.path = route.path
         self.capabilities = route.capabilities
         self.link = FailoverLink(route, around and (lambda: around(self.record)))
-        self.worker = LinkWorker(self.link, f"{route.path.scheme} to {record.name}")
-        self._lock = threading.Lock()  # guards the swap of _known and _closed
-        self._known = (record, Bounds((r.address, r.length) for r in record.regions))
+        name = f"{route.path.scheme} to {record.name}"
+        self._worker = LinkWorker(self.link, name)
+        self._bulk: LinkWorker | None = None
+        if self.link.bulk:
+            self._bulk = LinkWorker(LendingLink(self.link.bulk, self._worker), f"{name}, bulk")
+        self._lock = threading.Lock()  # guards the swap of all below
+        #: The peer's record as last seen.
+        self.record: SegmentRecord = record
+        #: What it registered; another object after each `update`.
+        self.bounds: Bounds = _bounds_of(record)
         self._closed = False
 
     @override
@@ -61,11 +70,6 @@ class Segment:
         return self.record.incarnation
 
     @property
-    def record(self) -> SegmentRecord:
-        """The peer's record as last seen."""
-        return self._known[0]
-
-    @property
     def closed(self) -> bool:
         """Whether batches submitted now end at once without moving a byte."""
         return self._closed
@@ -75,16 +79,23 @@ class Segment:
         if record.incarnation != self.incarnation:
             raise ValueError(f"{record.name} is another incarnation now; open it again")
         with self._lock:
-            self._known = (record, Bounds((r.address, r.length) for r in record.regions))
-
-    @property
-    def bounds(self) -> Bounds:
-        """What the peer registered, as last seen; another object after each `update`."""
-        return self._known[1]
+            self.record, self.bounds = record, _bounds_of(record)
 
     def check(self, addresses: Uint64s, lengths: Uint64s) -> None:
         """Raise `OutOfBounds` unless the peer registered each run."""
-        self._known[1].check(addresses, lengths, self.name)
+        self.bounds.check(addresses, lengths, self.name)
+
+    def worker(self, nbytes: int) -> LinkWorker:
+        """Who moves a batch of that size."""
+        return self._bulk if self._bulk is not None and nbytes > MIN_SHARE else self._worker
+
+    def stop_all(self, failure: Failure) -> None:
+        """End its batches and take no more. Returns at once; idempotent."""
+        for worker in self._workers():
+            worker.stop_all(failure)
+
+    def _workers(self) -> list[LinkWorker]:
+        return [worker for worker in (self._bulk, self._worker) if worker is not None]
 
     def close(self, failure: Failure | None = None) -> None:
         """End its batches (CANCELLED unless `failure` says otherwise), threads and sockets.
@@ -93,9 +104,14 @@ class Segment:
         """
         with self._lock:
             self._closed = True
-        self.worker.close(
-            failure or Failure(Status.CANCELLED, f"the segment {self.name} was closed")
-        )
+        failure = failure or Failure(Status.CANCELLED, f"the segment {self.name} was closed")
+        self.stop_all(failure)  # all of them, before one is waited for
+        for worker in self._workers():
+            worker.close(failure)
+
+
+def _bounds_of(record: SegmentRecord) -> Bounds:
+    return Bounds((r.address, r.length) for r in record.regions)
 
 
 class Routes(NamedTuple):

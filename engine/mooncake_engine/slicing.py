@@ -59,14 +59,6 @@ class Plan(NamedTuple):
     descriptors: int
 
 
-def plan(op: Op, given: Runs, grant: bytes, slice_bytes: int, lanes: int) -> Plan:
-    """Merge and cut `given`, whose remote side was checked; raises as `merge` does."""
-    runs = merge(op, given)
-    slices = cut(op, runs, grant, slice_bytes, lanes)
-    nbytes = slices[0].nbytes if len(slices) == 1 else sum([piece.nbytes for piece in slices])
-    return Plan(op, runs, slices, nbytes, given.lengths.size)
-
-
 def descriptors(
     local: ArrayLike | Sequence[tuple[int, int, int]],
     remote: ArrayLike | None,
@@ -164,21 +156,30 @@ def _merge_few(op: Op, given: Runs) -> Runs | None:
     return Runs(given.local.copy(), given.remote.copy(), given.lengths.copy())
 
 
-def cut(op: Op, runs: Runs, grant: bytes, slice_bytes: int, lanes: int = 1) -> list[Slice]:
-    """Cut merged runs into slices of at most `slice_bytes` and `MAX_RUNS` runs, in order.
+def cut(
+    op: Op,
+    runs: Runs,
+    grant: bytes,
+    slice_bytes: int,
+    slice_runs: int = MAX_RUNS,
+    lanes: int = 1,
+) -> list[Slice]:
+    """Cut merged runs into slices of at most `slice_bytes` and `slice_runs`, in order.
 
     A batch that fits fewer slices than there are lanes is cut finer, down to `MIN_SHARE`.
     """
     local, remote, lengths = runs
     if not lengths.size:
         return []
-    nbytes = sum(lengths.tolist()) if lengths.size <= FEW else int(lengths.sum())
-    if lengths.size <= MAX_RUNS and nbytes <= min(slice_bytes, MIN_SHARE):
+    nbytes = total(lengths)
+    share = nbytes
+    if lanes > 1:
+        share = -(-nbytes // lanes)
+        share = max(MIN_SHARE, min(share, FINE_BYTES), share // SLICES_PER_LANE)
+    if lengths.size <= slice_runs and nbytes <= min(slice_bytes, share):
         return [Slice(op, *runs, nbytes, grant)]
     ends = np.cumsum(lengths)
-    share = -(-nbytes // lanes)
-    share = max(min(share, FINE_BYTES), share // SLICES_PER_LANE)
-    size = np.uint64(min(slice_bytes, max(MIN_SHARE, share)))
+    size = np.uint64(min(slice_bytes, share))
     starts = ends - lengths
     cell = starts // size  # the run's bytes, laid end to end, on a grid of slices
     pieces = ((ends - np.uint64(1)) // size - cell).astype(np.int64) + 1
@@ -194,9 +195,14 @@ def cut(op: Op, runs: Runs, grant: bytes, slice_bytes: int, lanes: int = 1) -> l
     return [
         _slice(op, Runs(local[i:j], remote[i:j], lengths[i:j]), grant)
         for first, last in itertools.pairwise(borders)
-        for i in range(first, last, MAX_RUNS)
-        for j in (min(i + MAX_RUNS, last),)
+        for i in range(first, last, slice_runs)
+        for j in (min(i + slice_runs, last),)
     ]
+
+
+def total(lengths: Uint64s) -> int:
+    """Bytes of all runs."""
+    return sum(lengths.tolist()) if lengths.size <= FEW else int(lengths.sum())
 
 
 def _slice(op: Op, runs: Runs, grant: bytes) -> Slice:

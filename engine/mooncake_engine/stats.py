@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -31,31 +30,39 @@ class Totals(NamedTuple):
     seconds: float = 0.0
 
 
-_NOTHING = 0, 0, 0, 0, 0.0
+class Tally:
+    """Adds up what is counted together: batches of one `Key`."""
+
+    __slots__ = ("_batches", "_descriptors", "_nbytes", "_runs", "_seconds")
+
+    def __init__(self) -> None:
+        self._batches = self._nbytes = self._descriptors = self._runs = 0
+        self._seconds = 0.0
+
+    def add(self, end: Completion) -> None:
+        """One ended batch."""
+        self._batches += 1
+        self._nbytes += end.nbytes
+        self._descriptors += end.descriptors
+        self._runs += end.runs
+        self._seconds += end.total_s
+
+    def totals(self) -> Totals:
+        """So far."""
+        return Totals(self._batches, self._nbytes, self._descriptors, self._runs, self._seconds)
 
 
 class Counters:
-    """Safe to call from any thread."""
+    """One thread at a time: who counts has a lock for it anyway."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _sums
-        # The fields of `Key` and of `Totals`: making those takes longer than adding does.
-        self._sums: dict[tuple[str, Op, Status], tuple[int, int, int, int, float]] = {}
+        self._tallies: dict[tuple[str, Op, Status], Tally] = {}
 
-    def count(self, op: Op, end: Completion) -> None:
-        """Add one ended batch."""
-        key = end.path.scheme, op, end.status
-        with self._lock:
-            batches, nbytes, descriptors, runs, seconds = self._sums.get(key, _NOTHING)
-            self._sums[key] = (
-                batches + 1,
-                nbytes + end.nbytes,
-                descriptors + end.descriptors,
-                runs + end.runs,
-                seconds + end.total_s,
-            )
+    def tally(self, scheme: str, op: Op, status: Status) -> Tally:
+        """Where such batches are added."""
+        return self._tallies.setdefault((scheme, op, status), Tally())
 
     def snapshot(self) -> dict[Key, Totals]:
-        """A copy of the sums."""
-        with self._lock:
-            return {Key(*key): Totals(*sums) for key, sums in self._sums.items()}
+        """What was counted at least once."""
+        every = {Key(*key): tally.totals() for key, tally in self._tallies.items()}
+        return {key: totals for key, totals in every.items() if totals.batches}

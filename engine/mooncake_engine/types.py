@@ -88,11 +88,11 @@ class Slice:
     `local[i]`, `remote[i]`, `lengths[i]` are one run of `lengths[i]` > 0 bytes.
     The arrays are contiguous uint64 and already merged and bounds-checked by the initiator.
 
-    A prepared transfer moves the same slices again and again, also on two lanes at once. What a
-    transport built for one it may leave in `spare`: popped before its use and put back after it.
+    A prepared transfer moves the same slices again and again, also on two lanes at once: `packed`
+    keeps what `mooncake_engine.native` made of one.
     """
 
-    __slots__ = ("grant", "lengths", "local", "nbytes", "op", "remote", "spare")
+    __slots__ = ("grant", "lengths", "local", "nbytes", "op", "packed", "remote")
 
     def __init__(
         self, op: Op, local: Uint64s, remote: Uint64s, lengths: Uint64s, nbytes: int, grant: bytes
@@ -103,7 +103,7 @@ class Slice:
         self.lengths = lengths
         self.nbytes = nbytes
         self.grant = grant
-        self.spare: list[object] = []
+        self.packed: bytes | None = None
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mooncake_engine.batch import Failure
 from mooncake_engine.errors import LaneError
-from mooncake_engine.hands import Guests, Hand, IdleHands
+from mooncake_engine.hands import Hand, IdleHands
 from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ IDLE_S = 30.0
 JOIN_S = 10.0
 #: A peer that refuses one more lane is not asked at every submit.
 HIRE_AGAIN_S = 5.0
-#: Where moving never waits for a peer, whoever submits moves up to so much itself: 256 KiB take
-#: 60 us, waking a thread for them and being woken by it about as long.
-PROMPT_BYTES = 256 << 10
 
 _INTERRUPTED = Failure(Status.CANCELLED, "the caller was interrupted")
 
@@ -48,7 +45,7 @@ class LinkWorker:
 
     def __init__(self, link: Link, name: str, *, idle_s: float = IDLE_S) -> None:
         """Args: name: what the threads are called, e.g. "tcp to host:15001"."""
-        self._link = link
+        self.link = link
         self._name = name
         self._idle_s = idle_s
         self._lock = threading.Lock()  # guards all below and the progress of every batch here
@@ -56,15 +53,12 @@ class LinkWorker:
         self._waiting = 0  # slices in _ready
         self._hands: set[Hand] = set()
         self._idle = IdleHands()
-        self._guests = Guests(self._lock, link.open_lane)
         self._hire_again_at = 0.0
-        self._closed: Failure | None = None
+        #: Why it takes no more batches.
+        self.closed: Failure | None = None
 
     def submit(self, batch: Batch) -> None:
-        """Queue a batch that has slices, or move it if that is as quick. Never waits for a lane."""
-        if self._link.prompt and batch.nbytes <= PROMPT_BYTES:
-            self.transfer(batch)
-            return
+        """Queue a batch that has slices. Never waits for a lane."""
         with self._lock:
             finished = self._queue(batch)
         self._finish(finished)
@@ -75,10 +69,8 @@ class LinkWorker:
         Returns when there is none left to take. The batch may go on: lanes' own threads share its
         slices, and have all of them where no lane was idle, or where other batches wait too.
         """
-        if self._link.prompt and batch.nbytes <= PROMPT_BYTES and self._transfer_as_guest(batch):
-            return
         with self._lock:
-            hand = None if self._closed is not None or self._ready else self._idle.borrow()
+            hand = None if self.closed is not None or self._ready else self._idle.borrow()
             piece = None if hand is None else self._assign(hand, batch)
             finished = self._queue(batch)
         self._finish(finished)
@@ -91,25 +83,6 @@ class LinkWorker:
                     finished = self._settle(hand, batch, failure)
                     piece = self._another(hand, batch)
                 self._finish(finished)
-
-    def _transfer_as_guest(self, batch: Batch) -> bool:
-        """Move a batch of one slice on a lane of its own. False: that cannot be done."""
-        with self._lock:
-            if self._closed is not None or batch.progress.waiting != 1:
-                return False
-            hand = self._guests.enter()
-            if hand is None:
-                return False
-            piece = self._assign(hand, batch)
-        failure: Failure | None = _INTERRUPTED
-        try:
-            failure = self._move(hand, batch, piece)
-        finally:
-            with self._lock:
-                finished = self._settle(hand, batch, failure)
-                self._guests.leave(hand)
-            self._finish(finished)
-        return True
 
     def stop(self, batch: Batch, failure: Failure) -> None:
         """End a batch early: drop what waits, interrupt the lanes that move its slices.
@@ -124,9 +97,8 @@ class LinkWorker:
     def stop_all(self, failure: Failure) -> None:
         """Take no more batches and end those under way. Returns at once; idempotent."""
         with self._lock:
-            self._closed = self._closed or failure
-            hands = *self._hands, *self._guests
-            moving = {hand.batch for hand in hands if hand.batch is not None}
+            self.closed = self.closed or failure
+            moving = {hand.batch for hand in self._hands if hand.batch is not None}
             finished = [batch for batch in {*self._ready, *moving} if self._stop(batch, failure)]
             for hand in self._hands:
                 hand.call()
@@ -144,9 +116,7 @@ class LinkWorker:
             hand.thread.join(max(0.0, end - time.monotonic()))
             if hand.thread.is_alive():
                 _log.error("a lane of %s did not return within %.0f s", self._name, JOIN_S)
-        with self._lock:
-            self._guests.see_out(max(0.0, end - time.monotonic()))
-        self._link.close()
+        self.link.close()
 
     @staticmethod
     def _finish(batches: list[Batch]) -> None:
@@ -164,7 +134,7 @@ class LinkWorker:
             self._waiting -= dropped
             if batch in self._ready:
                 self._ready.remove(batch)
-        for hand in (*self._hands, *self._guests):
+        for hand in self._hands:
             # Under the lock, else the lane might have gone on to another batch meanwhile.
             if hand.batch is batch and hand.lane is not None and not hand.spent:
                 hand.spent = True
@@ -176,7 +146,7 @@ class LinkWorker:
 
     def _hire(self) -> list[Batch]:
         """Start threads for waiting slices; returns batches to finish when none can start."""
-        missing = min(self._waiting - len(self._idle), self._link.lanes - len(self._hands))
+        missing = min(self._waiting - len(self._idle), self.link.lanes - len(self._hands))
         if self._hands and time.monotonic() < self._hire_again_at:
             return []
         for _ in range(missing):
@@ -197,16 +167,16 @@ class LinkWorker:
         """Wait for a waiting slice. False: idle for too long, closed, or the lane is spent."""
 
         def wanted() -> bool:
-            return bool(self._ready) or self._closed is not None or hand.spent
+            return bool(self._ready) or self.closed is not None or hand.spent
 
         return (
-            self._idle.wait(hand, wanted, self._idle_s) and self._closed is None and not hand.spent
+            self._idle.wait(hand, wanted, self._idle_s) and self.closed is None and not hand.spent
         )
 
     def _queue(self, batch: Batch) -> list[Batch]:
         """Let threads move the waiting slices; returns batches to finish when none can."""
-        if self._closed is not None:
-            return [batch] if batch.progress.stop(self._closed) else []
+        if self.closed is not None:
+            return [batch] if batch.progress.stop(self.closed) else []
         if not batch.progress.waiting:
             return []
         self._ready.append(batch)
@@ -228,7 +198,7 @@ class LinkWorker:
         if not hand.spent and len(self._ready) == 1 and self._ready[0] is batch:
             return self._next(hand)[1]
         self._idle.give_back(hand)
-        if self._ready or self._closed is not None or hand.spent:
+        if self._ready or self.closed is not None or hand.spent:
             hand.call()
         return None
 
@@ -275,7 +245,7 @@ class LinkWorker:
 
     def _open(self, hand: Hand) -> Failure | None:
         try:
-            lane = self._link.open_lane()
+            lane = self.link.open_lane()
         except LaneError as error:
             return Failure(error.status, str(error))
         except Exception as error:  # noqa: BLE001 - a bug in a transport must not end this thread

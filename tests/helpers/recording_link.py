@@ -26,15 +26,8 @@ PIECE = 4096
 class RecordingLink(Link):
     """Lanes that write down what they move; `lanes` of them."""
 
-    def __init__(
-        self,
-        lanes: int = 1,
-        move: Callable[[Slice], None] | None = None,
-        *,
-        prompt: bool = False,
-    ) -> None:
+    def __init__(self, lanes: int = 1, move: Callable[[Slice], None] | None = None) -> None:
         self.lanes = lanes
-        self.prompt = prompt
         self.open_lanes: set[Lane] = set()
         self.moved: list[Slice] = []
         self.movers: list[threading.Thread] = []

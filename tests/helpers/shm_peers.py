@@ -15,7 +15,7 @@ from mooncake_engine.transport.shm.transport import Endpoint
 from mooncake_engine.types import Op, SegmentRecord, Slice, uint64s
 
 if TYPE_CHECKING:
-    from mooncake_engine.transport.shm.transport import ShmLink
+    from mooncake_engine.transport.shm.lane import ShmLane
     from numpy.typing import ArrayLike, NDArray
 
 CHILD = Path(__file__).with_name("shm_child.py")
@@ -75,9 +75,8 @@ class Child:
 class Reached:
     """One lane to a target."""
 
-    def __init__(self, link: ShmLink) -> None:
-        self.link = link
-        self.lane = link.open_lane()
+    def __init__(self, lane: ShmLane) -> None:
+        self.lane = lane
 
     def move(
         self, op: Op, local: ArrayLike, remote: ArrayLike, lengths: ArrayLike, seconds: float = 20

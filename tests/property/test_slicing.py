@@ -99,7 +99,7 @@ def test_later_changes_to_the_callers_arrays_have_no_effect(rows: list[Row], op:
 def test_a_batch_is_shared_among_lanes_but_not_too_finely(nbytes: int, lanes: int) -> None:
     slice_bytes = 8 * MIN_SHARE
     runs = merge(Op.READ, descriptors([(1 << 40, 1 << 41, nbytes)], None, None))
-    slices = cut(Op.READ, runs, b"", slice_bytes, lanes)
+    slices = cut(Op.READ, runs, b"", slice_bytes, lanes=lanes)
     assert sum(piece.nbytes for piece in slices) == nbytes
     assert all(MIN_SHARE <= piece.nbytes <= slice_bytes for piece in slices[:-1])
     assert len(slices) >= min(lanes, nbytes // MIN_SHARE)

@@ -1,4 +1,4 @@
-"""The C library of the tcp transport: loops that move a whole slice without Python in between.
+"""The C library: loops that move a whole slice without Python in between.
 
 Optional: where it was not built, or is of another version, `library()` says why and the Python twin
 of each loop serves. It is plain C, loaded by ctypes, so that one binary fits every Python;
@@ -10,32 +10,65 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+import logging
+import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mooncake_engine.iovec import address_of
+from mooncake_engine.types import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Final
 
-ABI: Final = 3  # MOONCAKE_ABI of native.h
+    from mooncake_engine.types import Slice
+
+_log = logging.getLogger(__name__)
+
+ABI: Final = 4  # MOONCAKE_ABI of native.h
 _FILE: Final = Path(__file__).with_name("_loops.abi3.so")
 
-_U32 = ctypes.c_uint32
-_SIZE = ctypes.c_uint64
-_POINTER = ctypes.c_void_p
-_BYTES = ctypes.c_char_p
-_EXCHANGE = (
-    _POINTER,
-    *(_BYTES, _BYTES),  # header, expected answer
-    *(_BYTES, _BYTES, _BYTES),  # remote, lengths, local
-    *(_U32, _SIZE),  # runs, nbytes
-    *(_BYTES, _U32),  # grant
-    ctypes.c_int,  # is it a write?
-)
+_POINTER = ctypes.c_void_p  # takes an address, or bytes
+_INT = ctypes.c_int
+_U32, _U64, _I64, _SIZE = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64, ctypes.c_size_t
+_TOKEN = (_POINTER, _POINTER, _SIZE)
 
-_REPLACE = (_POINTER, _BYTES, _BYTES, ctypes.c_size_t, _SIZE, _SIZE)
-_TOKEN = (_POINTER, _BYTES, ctypes.c_size_t)
-_SERVING = (ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _U32, _U32)
+#: Name without `mooncake_` -> what it returns, what it takes.
+_FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "exchange_new": (_POINTER, (_INT,)),
+    "exchange_free": (None, (_POINTER,)),
+    "exchange_told": (_POINTER, (_POINTER,)),
+    "exchange_start": (_INT, (_POINTER, _POINTER)),
+    "exchange_go_on": (_INT, (_POINTER,)),
+    "streams_new": (_POINTER, (_POINTER, _SIZE)),
+    "streams_told": (_POINTER, (_POINTER, _SIZE)),
+    "copies_new": (_POINTER, (_POINTER, _SIZE)),
+    "team_free": (None, (_POINTER,)),
+    "team_run": (_INT, (_POINTER, _POINTER, _U64, _I64, _I64, _POINTER)),
+    "team_wait": (_INT, (_POINTER, _I64, _POINTER)),
+    "team_stop": (None, (_POINTER,)),
+    "team_failed": (_SIZE, (_POINTER,)),
+    "regions_new": (_POINTER, ()),
+    "regions_free": (None, (_POINTER,)),
+    "regions_replace": (None, (_POINTER, _POINTER, _POINTER, _SIZE, _U64, _U64)),
+    "grants_new": (_POINTER, ()),
+    "grants_free": (None, (_POINTER,)),
+    "grants_add": (None, _TOKEN),
+    "grants_revoke": (None, _TOKEN),
+    "serving_new": (_POINTER, (_INT, *(_POINTER,) * 3, _U64, _U32, _U32)),
+    "serving_free": (None, (_POINTER,)),
+    "serve": (_INT, (_POINTER,)),
+}
+#: The same for those that keep the interpreter lock; the others give it up.
+_HOLDING: Final = {
+    "exchange_hold": (_INT, (_POINTER, _POINTER)),
+    "copy": (_INT, (_POINTER, _POINTER)),
+    "team_run": _FUNCTIONS["team_run"],
+}
 
 
 class Outcome(enum.IntEnum):
@@ -47,6 +80,7 @@ class Outcome(enum.IntEnum):
     HANDED = 3
     HANDED_BODY = 4
     CUT = 5
+    LATE = 6
 
 
 class Unavailable(Exception):
@@ -54,7 +88,11 @@ class Unavailable(Exception):
 
 
 class Library:
-    """The functions, typed. `hold` keeps the interpreter lock, all others give it up."""
+    """The functions, typed, by their names without `mooncake_`.
+
+    Attributes:
+        holding: Those that keep the interpreter lock; the others give it up.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises `Unavailable`."""
@@ -71,30 +109,42 @@ class Library:
                 f"{path} was built for version {abi} of the native loops and this is {ABI}; "
                 "install this package again (pip install -e . in a checkout)"
             )
-        free = (_POINTER,)
-        self.exchange_new = _typed(loaded.mooncake_exchange_new, _POINTER, ctypes.c_int)
-        self.exchange_free = _typed(loaded.mooncake_exchange_free, None, *free)
-        self.exchange_answer = _typed(loaded.mooncake_exchange_answer, _POINTER, _POINTER)
-        self.exchange_start = _typed(loaded.mooncake_exchange_start, ctypes.c_int, *_EXCHANGE)
-        self.exchange_go_on = _typed(loaded.mooncake_exchange_go_on, ctypes.c_int, _POINTER)
-        holding = ctypes.PyDLL(str(path))
-        self.exchange_hold = _typed(holding.mooncake_exchange_hold, ctypes.c_int, *_EXCHANGE)
-        self.regions_new = _typed(loaded.mooncake_regions_new, _POINTER)
-        self.regions_free = _typed(loaded.mooncake_regions_free, None, *free)
-        self.regions_replace = _typed(loaded.mooncake_regions_replace, None, *_REPLACE)
-        self.grants_new = _typed(loaded.mooncake_grants_new, _POINTER)
-        self.grants_free = _typed(loaded.mooncake_grants_free, None, *free)
-        self.grants_add = _typed(loaded.mooncake_grants_add, None, *_TOKEN)
-        self.grants_revoke = _typed(loaded.mooncake_grants_revoke, None, *_TOKEN)
-        self.serving_new = _typed(loaded.mooncake_serving_new, _POINTER, *_SERVING)
-        self.serving_free = _typed(loaded.mooncake_serving_free, None, *free)
-        self.serve = _typed(loaded.mooncake_serve, ctypes.c_int, _POINTER)
+        self.__dict__.update(_typed(loaded, _FUNCTIONS))
+        self.holding = SimpleNamespace(**_typed(ctypes.PyDLL(str(path)), _HOLDING))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
-def _typed(function: Any, result: Any, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401 - ctypes has no types of its own here
-    function.restype = result
-    function.argtypes = arguments
-    return cast("Callable[..., Any]", function)
+def _typed(loaded: Any, functions: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:  # noqa: ANN401 - ctypes has no types of its own here
+    found = {}
+    for name, (result, arguments) in functions.items():
+        function = found[name] = getattr(loaded, f"mooncake_{name}")
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+_PACKED = struct.Struct("<8Q")  # struct slice of native.h
+_OPS = {Op.READ: 1, Op.WRITE: 2}
+
+
+def packed(piece: Slice) -> bytes:
+    """The slice as C takes it; good for as long as the slice lives, on any number of lanes."""
+    found = piece.packed
+    if found is None:
+        grant = piece.grant
+        found = piece.packed = _PACKED.pack(
+            _OPS[piece.op],
+            piece.local.size,
+            piece.nbytes,
+            address_of(piece.local),
+            address_of(piece.remote),
+            address_of(piece.lengths),
+            address_of(np.frombuffer(grant, np.uint8)) if grant else 0,
+            len(grant),
+        )
+    return found
 
 
 @functools.cache
@@ -111,3 +161,15 @@ def library() -> Library:
     if isinstance(found, Unavailable):
         raise Unavailable(str(found))
     return found
+
+
+def wanted(scheme: str, *, use: bool) -> Library | None:
+    """The library for a transport whose setting `native` is `use`, or the log's word on why not."""
+    if not use:
+        _log.info("%s is moved by Python: %s.native is off", scheme, scheme)
+        return None
+    try:
+        return library()
+    except Unavailable as why:
+        _log.info("%s is moved by Python, slower beside a busy interpreter: %s", scheme, why)
+        return None

@@ -20,18 +20,22 @@ void fill_runs(struct iovec *into, const uint64_t *addresses, const uint64_t *le
 
 struct cursor ask(struct iovec *parts, struct request *request, const struct slice *slice)
 {
+    static const uint8_t filling[ALIGN];
     size_t count = 0, table = slice->count * sizeof *slice->remote;
-    uint64_t bytes = HEADER_BYTES + 2 * table + slice->grant_bytes;
     *request = (struct request){.op = slice->op,
                                 .grant_bytes = slice->grant_bytes,
                                 .runs = slice->count,
                                 .nbytes = slice->nbytes,
                                 .request_id = request->request_id + 1};
+    size_t body = body_bytes(request), fill = body - 2 * table - slice->grant_bytes;
     parts[count++] = (struct iovec){request, HEADER_BYTES};
     parts[count++] = (struct iovec){(void *)slice->remote, table};
     parts[count++] = (struct iovec){(void *)slice->lengths, table};
     if (slice->grant_bytes)
         parts[count++] = (struct iovec){(void *)slice->grant, slice->grant_bytes};
+    if (fill)
+        parts[count++] = (struct iovec){(void *)filling, fill};
+    uint64_t bytes = HEADER_BYTES + body;
     if (slice->op == WRITE) {
         fill_runs(parts + count, slice->local, slice->lengths, slice->count);
         count += slice->count;
@@ -63,7 +67,7 @@ static struct msghdr message_of(const struct cursor *cursor)
 int64_t receive_once(int fd, struct cursor *into, int flags)
 {
     struct msghdr message = message_of(into);
-    ssize_t moved = recvmsg(fd, &message, MSG_WAITALL | flags);
+    ssize_t moved = recvmsg(fd, &message, flags);
     if (moved < 0)
         return -errno;
     advance(into, moved);

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
 
 /* Where a peer's answer is waited for with open eyes: what takes longer to copy than a wake-up
@@ -23,7 +24,7 @@ struct exchange {
     struct cursor cursor;      /* of what the step moves */
     struct spin spin;
     int64_t look;              /* ns left to look for bytes in this exchange */
-    struct iovec one;          /* the answer */
+    uint64_t awaited;          /* bytes, when the answer was */
     struct request request;
     struct told told;
     struct iovec iovecs[ASK_PARTS + MOST_RUNS];
@@ -48,19 +49,42 @@ EXPORT const struct told *mooncake_exchange_told(const struct exchange *exchange
     return &exchange->told;
 }
 
+/* Where soon both will be there, the bytes of a read are received in the same call. */
 static void await_answer(struct exchange *exchange)
 {
+    const struct slice *slice = exchange->slice;
+    size_t runs = slice->op == READ && slice->nbytes <= SPIN_BYTES ? slice->count : 0;
     exchange->step = AWAITING;
-    exchange->one = (struct iovec){&exchange->told.answer, ANSWER_BYTES};
-    exchange->cursor = cursor_over(&exchange->one, 1, ANSWER_BYTES);
+    exchange->iovecs[0] = (struct iovec){&exchange->told.answer, ANSWER_BYTES};
+    fill_runs(exchange->iovecs + 1, slice->local, slice->lengths, runs);
+    exchange->awaited = ANSWER_BYTES + (runs ? slice->nbytes : 0);
+    exchange->cursor = cursor_over(exchange->iovecs, runs + 1, exchange->awaited);
 }
 
 static void scatter(struct exchange *exchange)
 {
-    exchange->step = SCATTERING;
     const struct slice *slice = exchange->slice;
+    exchange->step = SCATTERING;
+    if (exchange->awaited > ANSWER_BYTES)
+        return;
     fill_runs(exchange->iovecs, slice->local, slice->lengths, slice->count);
     exchange->cursor = cursor_over(exchange->iovecs, slice->count, slice->nbytes);
+}
+
+/* What came behind an answer that is no OK, to where the bytes should have gone, is its reason. */
+static void keep_reason(struct exchange *exchange, uint64_t bytes)
+{
+    struct told *told = &exchange->told;
+    const struct slice *slice = exchange->slice;
+    told->reason_bytes = 0;
+    for (size_t i = 0; bytes && i < slice->count && told->reason_bytes < REASON_BYTES; i++) {
+        uint64_t part = bytes < slice->lengths[i] ? bytes : slice->lengths[i];
+        if (part > REASON_BYTES - told->reason_bytes)
+            part = REASON_BYTES - told->reason_bytes;
+        memcpy(told->reason + told->reason_bytes, (void *)(uintptr_t)slice->local[i], part);
+        told->reason_bytes += part;
+        bytes -= part;
+    }
 }
 
 /* One call for the present step. Spins where bytes are awaited and soon there; `hold`: and does not
@@ -76,7 +100,8 @@ static int64_t move_once(struct exchange *exchange, bool hold)
         if (moved != -EAGAIN || hold)
             return moved;
     }
-    return receive_once(exchange->fd, &exchange->cursor, wait);
+    int all = exchange->step == SCATTERING ? MSG_WAITALL : 0; /* no more may come than an answer */
+    return receive_once(exchange->fd, &exchange->cursor, wait | all);
 }
 
 /* A blocking call that came back with less than it was asked for met its time-out or a signal. */
@@ -91,25 +116,30 @@ static int proceed(struct exchange *exchange, bool hold)
             return (int)moved;
         if (moved == 0)
             return ENDED;
-        if (exchange->cursor.left) {
+        uint64_t left = exchange->cursor.left;
+        if (exchange->step == AWAITING) {
+            uint64_t came = exchange->awaited - left;
+            if (came < ANSWER_BYTES)
+                continue;
+            if (!says_ok(&exchange->told)) {
+                keep_reason(exchange, came - ANSWER_BYTES);
+                return HANDED;
+            }
+            if (exchange->slice->op == WRITE)
+                return DONE;
+            scatter(exchange);
+            left = exchange->cursor.left;
+            if (left)
+                continue;
+        }
+        if (left) {
             if (asked <= MOST_RUNS && !hold)
                 return AGAIN;
             continue;
         }
-        switch (exchange->step) {
-        case SENDING:
-            await_answer(exchange);
-            break;
-        case AWAITING:
-            if (!says_ok(&exchange->told))
-                return HANDED;
-            if (exchange->slice->op == WRITE)
-                return DONE;
-            scatter(exchange);
-            break;
-        case SCATTERING:
+        if (exchange->step == SCATTERING)
             return DONE;
-        }
+        await_answer(exchange);
     }
 }
 

@@ -28,12 +28,14 @@ enum outcome {
     HANDED = 3,  /* a header (of an answer, of a request) is Python's to judge; nothing was done */
     HANDED_BODY = 4, /* so is a request whose body was received too */
     CUT = 5,     /* as ENDED, in the middle of a frame */
+    LATE = 6,    /* the deadline passed */
 };
 
 enum {
     MOST_RUNS = 1024,    /* IOV_MAX: what the kernel takes in one call */
     HEADER_BYTES = 24,   /* wire.py, REQUEST */
-    ANSWER_BYTES = 16,   /* wire.py, ANSWER */
+    ANSWER_BYTES = 64,   /* wire.py, ANSWER */
+    ALIGN = 64,          /* divides the length of what comes before bytes; wire.py says why */
 };
 
 /* Frames, as wire.py has them; the answer's status 0 is OK. */
@@ -52,14 +54,24 @@ struct answer {
     uint16_t reason_bytes;
     uint32_t unused_too;
     uint64_t request_id;
+    uint8_t filling[48];
 };
+/* What comes behind a header before bytes: addresses, lengths, grant, and what fills them up. */
+static inline size_t body_bytes(const struct request *request)
+{
+    size_t all = HEADER_BYTES + request->runs * 2 * sizeof(uint64_t) + request->grant_bytes;
+    return (all + ALIGN - 1) / ALIGN * ALIGN - HEADER_BYTES;
+}
 _Static_assert(sizeof(struct request) == HEADER_BYTES, "wire.py, REQUEST");
 _Static_assert(sizeof(struct answer) == ANSWER_BYTES, "wire.py, ANSWER");
 
 /* An answer, and the request that it ought to be for. What is no OK goes to Python as it is. */
+enum { REASON_BYTES = 1024 }; /* wire.py, MAX_REASON */
 struct told {
     struct answer answer;
     uint64_t request_id;
+    uint64_t reason_bytes; /* of the reason, as many as came along with the answer */
+    uint8_t reason[REASON_BYTES];
 };
 
 static inline bool says_ok(const struct told *told)
@@ -86,8 +98,8 @@ struct cursor {
     uint64_t left;    /* bytes */
 };
 
-/* Header, addresses, lengths and grant come before a write's bytes. */
-enum { ASK_PARTS = 4 };
+/* Header, addresses, lengths, grant and filling come before a write's bytes. */
+enum { ASK_PARTS = 5 };
 
 /* A request for the slice in `parts`, with room for ASK_PARTS + count, all of it still to be sent;
  * `request` is its header, numbered anew. */
@@ -133,7 +145,7 @@ void *team_own(struct team *team, size_t member);
 /* The next piece, for one member. False: there is none left, or the turn ends early. */
 bool team_deal(struct team *team, struct piece *piece);
 
-/* Past the deadline of the slice, or told to stop? */
+/* Past the deadline of the slice? */
 bool team_is_late(struct team *team);
 
 int64_t now_ns(void); /* CLOCK_MONOTONIC, as Python's time.monotonic_ns */

@@ -16,8 +16,8 @@ struct serving {
     int fd;
     struct regions *regions;
     struct grants *grants;
-    uint8_t *header, *body; /* Python's, so that it can read what is handed over */
-    uint64_t most_bytes;    /* wire.py's limits; `body` has room for the latter two */
+    uint8_t *frame;      /* Python's, so that it can read what is handed over */
+    uint64_t most_bytes; /* wire.py's limits; `frame` has room for the latter two */
     uint32_t most_runs, most_grant_bytes;
     bool small;             /* the last slice was */
     struct spin spin;
@@ -27,7 +27,7 @@ struct serving {
 };
 
 EXPORT struct serving *mooncake_serving_new(int fd, struct regions *regions, struct grants *grants,
-                                            uint8_t *header, uint8_t *body, uint64_t most_bytes,
+                                            uint8_t *frame, uint64_t most_bytes,
                                             uint32_t most_runs, uint32_t most_grant_bytes)
 {
     struct serving *serving = calloc(1, sizeof *serving);
@@ -35,8 +35,7 @@ EXPORT struct serving *mooncake_serving_new(int fd, struct regions *regions, str
         serving->fd = fd;
         serving->regions = regions;
         serving->grants = grants;
-        serving->header = header;
-        serving->body = body;
+        serving->frame = frame;
         serving->most_bytes = most_bytes;
         serving->most_runs = most_runs < MOST_RUNS ? most_runs : MOST_RUNS;
         serving->most_grant_bytes = most_grant_bytes;
@@ -53,7 +52,7 @@ EXPORT void mooncake_serving_free(struct serving *serving)
 static int receive_all(int fd, struct cursor *into)
 {
     while (into->left) {
-        int64_t moved = receive_once(fd, into, 0);
+        int64_t moved = receive_once(fd, into, MSG_WAITALL);
         if (moved == 0)
             return CUT;
         if (moved < 0 && moved != -EINTR)
@@ -78,15 +77,16 @@ static struct cursor over_one(struct serving *serving, void *start, size_t bytes
     return cursor_over(&serving->one, 1, bytes);
 }
 
-/* Wait for the next frame for as long as it takes: idle is not stopped, no frame is begun. */
+/* Wait for the next frame for as long as it takes: idle is not stopped, no frame is begun. As every
+ * frame has it, ALIGN bytes are received at once: the header, and the first of `body`. */
 static int next_header(struct serving *serving)
 {
-    struct cursor into = over_one(serving, serving->header, HEADER_BYTES);
+    struct cursor into = over_one(serving, serving->frame, ALIGN);
     int64_t moved = -EAGAIN, look = SPIN_NS;
     if (serving->small)
         moved = receive_spinning(serving->fd, &into, &serving->spin, &look);
     while (moved == -EAGAIN || moved == -EINTR)
-        moved = receive_once(serving->fd, &into, 0);
+        moved = receive_once(serving->fd, &into, MSG_WAITALL);
     if (moved == 0)
         return ENDED;
     return moved < 0 ? (int)moved : receive_all(serving->fd, &into);
@@ -134,16 +134,20 @@ static int serve_one(struct serving *serving)
     int end = next_header(serving);
     if (end != DONE)
         return end;
-    memcpy(&request, serving->header, sizeof request);
+    memcpy(&request, serving->frame, sizeof request);
     if (!header_is_good(serving, &request))
         return HANDED;
 
     size_t table = (size_t)request.runs * sizeof(uint64_t);
-    struct cursor into = over_one(serving, serving->body, 2 * table + request.grant_bytes);
-    end = receive_all(serving->fd, &into);
-    if (end != DONE)
-        return end;
-    const uint64_t *addresses = (const uint64_t *)serving->body;
+    uint8_t *body = serving->frame + HEADER_BYTES;
+    size_t rest = HEADER_BYTES + body_bytes(&request) - ALIGN;
+    if (rest) {
+        struct cursor into = over_one(serving, serving->frame + ALIGN, rest);
+        end = receive_all(serving->fd, &into);
+        if (end != DONE)
+            return end;
+    }
+    const uint64_t *addresses = (const uint64_t *)body;
     const uint64_t *lengths = addresses + request.runs;
     if (!lengths_are_good(lengths, request.runs, request.nbytes))
         return HANDED_BODY;
@@ -151,7 +155,7 @@ static int serve_one(struct serving *serving)
     struct grant_use granted = {.fd = serving->fd};
     struct region_use touched = {
         .addresses = addresses, .lengths = lengths, .count = request.runs, .fd = serving->fd};
-    if (!grants_enter(serving->grants, &granted, serving->body + 2 * table, request.grant_bytes))
+    if (!grants_enter(serving->grants, &granted, body + 2 * table, request.grant_bytes))
         return HANDED_BODY;
     if (!regions_enter(serving->regions, &touched)) {
         grants_leave(serving->grants, &granted);

@@ -186,6 +186,9 @@ class _FaultyLink(Link):
         self._faults = faults
         self.lanes = inner.lanes
         self.slice_bytes = min(inner.slice_bytes, faults.slice_bytes or inner.slice_bytes)
+        self.slice_runs = inner.slice_runs
+        if inner.bulk is not None:
+            self.bulk = _FaultyLink(inner.bulk, faults)
 
     @override
     def open_lane(self) -> Lane:

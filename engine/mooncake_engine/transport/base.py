@@ -33,10 +33,13 @@ import abc
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
+from typing_extensions import override
 
 from mooncake_engine.types import Op
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -87,12 +90,16 @@ class Link(abc.ABC):
 
     #: How many lanes the worker may open at once; one for transports that share no wire.
     lanes: int = 1
-    #: Largest slice a lane should be handed, in bytes.
+    #: Largest slice a lane should be handed, in bytes and in runs.
     slice_bytes: int = 8 << 20
-    #: Whether `move` takes no longer than copying does, and opening and closing a lane no time,
-    #: whatever the peer does. Small batches are then moved by who submits them, on as many lanes
-    #: as that takes.
-    prompt: bool = False
+    slice_runs: int = 1024
+    #: Moves a small slice on the calling thread, in no more time than copying takes, whatever the
+    #: peer does; on any number of threads at a time. False: nothing is known of the slice, and a
+    #: lane will move it, or tell what is wrong. None: this needs a lane.
+    at_once: Callable[[Slice], bool] | None = None
+    #: Where large batches go, when that is not these lanes: the same peer by lanes of their own, so
+    #: that small batches never wait for them. Closed by its own user, before this link.
+    bulk: Link | None = None
 
     @abc.abstractmethod
     def open_lane(self) -> Lane:
@@ -105,6 +112,28 @@ class Link(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Close what the link holds apart from its lanes; idempotent."""
+
+
+class BulkLink(Link):
+    """For large batches: one lane, whose threads share each slice, and so one batch at a time.
+
+    Its slices are large, because beside a busy interpreter each of them waits for its lock once.
+    """
+
+    lanes = 1
+    slice_bytes = 256 << 20
+    slice_runs = 1 << 20
+
+    def __init__(self, open_lane: Callable[[], Lane]) -> None:
+        self._open_lane = open_lane
+
+    @override
+    def open_lane(self) -> Lane:
+        return self._open_lane()
+
+    @override
+    def close(self) -> None:
+        """Nothing but lanes to close."""
 
 
 class Transport(abc.ABC):

@@ -1,7 +1,7 @@
 """The limit of TCP: loops in C that scatter and gather over 1, 2 or 4 blocking sockets.
 
-Both ends know the list before the first run, so a run is an 8-byte request and the bytes, up to
-1024 runs in each sendmsg or recvmsg (MSG_WAITALL); a write is acknowledged by 8 bytes. The bytes
+Both ends know the list before the first run, so a run is a request of 64 bytes and the bytes, up to
+1024 runs in each sendmsg or recvmsg (MSG_WAITALL); a write is acknowledged by as many. The bytes
 are shared out evenly over the streams, one thread at each end of each. It allocates nothing, checks
 nothing and carries no list: an engine has all that on top. Python only sets the sockets up.
 """
@@ -43,8 +43,10 @@ logger = logging.getLogger(__name__)
 missing = compiled.missing
 
 MAGIC = 0x4C494D49  # not to be taken for another program's first words
-HELLO = struct.Struct("<IIQQQ")  # magic, write?, rows, spin in ns, bytes of a socket buffer
-READY = b"\0" * 8
+# Each has 64 bytes, as has the word before a write's bytes: the kernel copies what lies askew in a
+# stream's pages more slowly (mooncake_engine.transport.tcp.wire has a figure).
+HELLO = struct.Struct("<IIQQQ32x")  # magic, write?, rows, spin in ns, bytes of a socket buffer
+READY = b"\0" * 64
 TIMEOUT_S = 30  # without a byte, at the initiator; an idle target waits
 TIMEOUT = struct.pack("@ll", TIMEOUT_S, 0)
 
@@ -100,7 +102,7 @@ class _Half:
     ) -> None:
         bases, lengths = joined(bases, lengths)
         self.sock = sock
-        self._word = np.zeros(1, np.uint64)
+        self._word = np.zeros(8, np.uint64)
         self._runs = iovecs(
             np.insert(bases, 0, address_of(self._word)), np.insert(lengths, 0, self._word.nbytes)
         )
@@ -181,7 +183,8 @@ class Target(base.Target):
         if magic != MAGIC or rows > self._memory.size:
             raise BackendFailed("another program has our port")
         _configure(sock, buffer)
-        offsets, lengths = np.frombuffer(_exactly(sock, 16 * rows), np.uint64).reshape(2, rows)
+        tables = _exactly(sock, -(-rows // 4) * 64)[: 16 * rows]
+        offsets, lengths = np.frombuffer(tables, np.uint64).reshape(2, rows)
         check_bounds(offsets, lengths, self._memory.size, "target")
         return _Half(
             sock, offsets + np.uint64(address_of(self._memory)), lengths, bool(write), spin_ns
@@ -262,7 +265,8 @@ class Initiator(base.Initiator):
             _configure(sock, self._buffer)
             rows = part.lengths.size
             sock.sendall(HELLO.pack(MAGIC, write, rows, self._spin_ns, self._buffer))
-            sock.sendall(part.remote.tobytes() + part.lengths.tobytes())
+            tables = part.remote.tobytes() + part.lengths.tobytes()
+            sock.sendall(tables.ljust(-(-len(tables) // 64) * 64, b"\0"))
             _exactly(sock, len(READY))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEOUT)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEOUT)

@@ -1,4 +1,4 @@
-"""The calling thread does a lane's work: in `transfer`, and in `submit` over prompt links."""
+"""The calling thread does a lane's work in `transfer`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from engines import SOON, two_engines
 from mooncake_engine import EngineClosed, InvalidTransfer, Op, OutOfBounds, Status
-from mooncake_engine.worker import PROMPT_BYTES, LinkWorker
+from mooncake_engine.worker import LinkWorker
 from recording_link import PIECE, RecordingLink, batch_of, close
 
 if TYPE_CHECKING:
@@ -136,44 +136,13 @@ def test_a_borrowed_lane_is_not_taken_for_idle() -> None:
     close(worker)
 
 
-def test_a_prompt_link_has_a_lane_for_each_caller_and_no_thread() -> None:
-    together = threading.Barrier(4)
-    link = RecordingLink(lanes=1, move=lambda _piece: together.wait(SOON) and None, prompt=True)
-    worker = LinkWorker(link, "prompt test")
-    batches = [batch_of(worker, 1) for _ in range(4)]
-    with ThreadPoolExecutor(4) as callers:
-        list(callers.map(worker.submit, batches))
-    assert all((end := batch.poll()) is not None and end.ok for batch in batches)
-    assert len(link.open_lanes) == 4
-    assert all(thread.name != "mooncake prompt test" for thread in threading.enumerate())
-    link.do = lambda _piece: None
-    again = batch_of(worker, 1)
-    worker.submit(again)
-    assert again.wait(SOON).ok
-    assert len(link.open_lanes) == 4
-    close(worker)
-    assert not link.open_lanes
-
-
-def test_a_big_batch_does_not_hold_up_who_submits_it_to_a_prompt_link() -> None:
-    link = RecordingLink(prompt=True)
-    worker = LinkWorker(link, "test")
-    batch = batch_of(worker, PROMPT_BYTES // PIECE + 1)
-    worker.submit(batch)
-    assert batch.wait(SOON).ok
-    assert threading.current_thread() not in link.movers
-    close(worker)
-
-
-@pytest.mark.parametrize("prompt", [False, True])
-def test_a_lane_that_broke_under_the_calling_thread_is_replaced(prompt: bool) -> None:
+def test_a_lane_that_broke_under_the_calling_thread_is_replaced() -> None:
     def interrupt(_piece: Slice) -> None:
         raise KeyboardInterrupt
 
-    link = RecordingLink(prompt=prompt)
+    link = RecordingLink()
     worker = LinkWorker(link, "test")
-    if not prompt:
-        warm(worker)
+    warm(worker)
     link.do = interrupt
     batch = batch_of(worker, 1)
     with pytest.raises(KeyboardInterrupt):

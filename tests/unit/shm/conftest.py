@@ -12,12 +12,15 @@ from mooncake_engine.grants import GrantTable
 from mooncake_engine.memory import RegionTable
 from mooncake_engine.transport.shm import ShmTransport
 from mooncake_engine.transport.shm.arena_reader import ArenaReader
-from mooncake_engine.transport.shm.lane import ByMapping
-from mooncake_engine.transport.shm.transport import ShmLink
+from mooncake_engine.transport.shm.nonce import NonceReader
+from mooncake_engine.transport.shm.transport import ByMappingLink, ByPidLink
+from native_loops import needs_native
 from shm_peers import Child, Reached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from mooncake_engine.transport.shm.transport import ShmLink
 
 
 @pytest.fixture
@@ -53,20 +56,34 @@ def transport(closing: contextlib.ExitStack) -> Callable[..., ShmTransport]:
     return make
 
 
+@pytest.fixture(params=["C", "C, several threads", "Python"])
+def loops(request: pytest.FixtureRequest) -> str:
+    """Who copies; they are told apart by nothing but speed."""
+    if request.param != "Python":
+        needs_native()
+    return str(request.param)
+
+
 @pytest.fixture
 def reach(
-    closing: contextlib.ExitStack, transport: Callable[..., ShmTransport]
+    closing: contextlib.ExitStack, transport: Callable[..., ShmTransport], loops: str
 ) -> Callable[..., Reached]:
-    """A lane to a target, by pid or arena; we may ptrace, so the arena is asked for by hand."""
+    """A lane to a target, by pid (another one's, if given) or arena."""
 
-    def connect(target: Child, how: str = "plain") -> Reached:
+    def connect(target: Child, how: str = "plain", pid: int = 0) -> Reached:
+        made = transport(native=loops != "Python")
+        threads = 2 if loops == "C, several threads" else 1
+        endpoint = target.endpoint
         if how == "arena":
-            endpoint = target.endpoint
             reader = ArenaReader("the target", endpoint.arena, endpoint.nonce, 5)
-            link = ShmLink("the target", 1, lambda: ByMapping("the target", reader), reader)
+            link: ShmLink = ByMappingLink("the target", threads, reader, made._library)
         else:
-            link = transport().connect(target.record)
+            pid = pid or endpoint.pid
+            nonce = NonceReader(pid, endpoint.nonce_address, endpoint.nonce, "the target")
+            link = ByPidLink("the target", threads, nonce, made._library)
         closing.callback(link.close)
-        return Reached(link)
+        reached = Reached(link._lane(threads))
+        closing.callback(reached.lane.close)
+        return reached
 
     return connect

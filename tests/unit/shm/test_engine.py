@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 import pytest
-from engines import config
-from mooncake_engine import Op, Status
-from mooncake_engine.crowding import BELIEVED_S, LONG_S, Crowding
+from engines import SOON, config
+from mooncake_engine import EngineClosed, InvalidTransfer, Op, OutOfBounds, Status
+from mooncake_engine.crowding import BELIEVED_S, LONG_NS, Crowding
 from mooncake_engine.engine import TransferEngine
 from mooncake_engine.iovec import address_of
 from shm_child import engine_config
@@ -19,6 +19,7 @@ from shm_child import engine_config
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mooncake_engine import Completion
     from shm_peers import Child
 
 MIB = 1 << 20
@@ -77,17 +78,51 @@ def test_a_small_batch_finds_out_that_the_peer_has_closed(op: Op) -> None:
             row = [(address_of(ours), address_of(theirs), 64)]
             assert near.transfer("read", segment, row).ok
         for _ in range(2):  # a spent lane is replaced
-            end = near.submit(op, segment, row).poll()
-            assert end is not None
-            assert end.status is Status.PEER_GONE
+            assert near.submit(op, segment, row).wait(SOON).status is Status.PEER_GONE
         assert not theirs.any()
+
+
+@pytest.mark.parametrize("how", ["transfer", "submit", "prepared"])
+def test_what_is_moved_at_once_is_checked_and_counted_as_any_other(how: str) -> None:
+    with TransferEngine(config("shm")) as far, TransferEngine(config("shm")) as near:
+        ours, theirs = near.allocate(64), far.allocate(64)
+        theirs[:] = 3
+        segment = near.open_segment(far.name)
+        row = [(address_of(ours), address_of(theirs), 64)]
+        prepared = near.prepare("read", segment, row)
+
+        def end(timeout: float | None = None) -> Completion:
+            if how == "prepared":
+                return prepared.transfer(timeout)
+            if how == "submit":
+                return near.submit("read", segment, row, timeout=timeout).wait(SOON)
+            return near.transfer("read", segment, row, timeout=timeout)
+
+        first = end()
+        assert (first.ok, first.nbytes, first.runs, first.path.scheme) == (True, 64, 1, "shm")
+        assert (ours == 3).all()
+        assert [totals.batches for totals in near.statistics().values()] == [1]
+        with pytest.raises(InvalidTransfer, match="cannot have -1 s"):
+            end(-1)
+
+        near.unregister_memory(address_of(ours))
+        with pytest.raises(OutOfBounds, match=r"lie outside|no registered memory"):
+            end()
+        near.register_memory(ours)
+        assert end().ok
+        segment.close()
+        assert end().status is Status.CANCELLED
+        near.close()
+        with pytest.raises(EngineClosed):
+            end()
 
 
 def test_a_long_wait_for_the_interpreter_lock_is_believed_for_a_while() -> None:
     crowding = Crowding()
     assert not crowding.crowded
-    with crowding.watched():
-        threading.Event().wait(10 * LONG_S)  # what waiting for the lock looks like from here
+    crowding.waited(LONG_NS)
+    assert not crowding.crowded
+    crowding.waited(LONG_NS + 1)
     assert crowding.crowded
     threading.Event().wait(BELIEVED_S)
     assert not crowding.crowded

@@ -212,10 +212,9 @@ def test_a_lane_to_a_pid_that_was_given_away_reads_and_writes_nothing(
     child: Callable[..., Child], reach: Callable[..., Reached]
 ) -> None:
     target, other = child("target", plain=MIB), child("target", plain=MIB)
-    reached = reach(target)
+    # As if the kernel had given the pid anew.
+    reached = reach(target, pid=other.about["pid"])
     before = other.do("digest", which="plain")
-    way = reached.lane._way
-    way.pid = way._nonce._pid = other.about["pid"]  # as if the kernel had given the pid anew
     here = np.zeros(MIB, np.uint8)
     for op in (Op.WRITE, Op.READ):  # what a read brings would look unchanged when written back
         with pytest.raises(LaneError, match="is not the one") as caught:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING
 
 import pytest
+from mooncake_engine.transport.tcp.lane import TcpLane
+from mooncake_engine.transport.tcp.wide import WideExchange
 from native_loops import needs_native
 from tcp_sides import OtherProcess, Side
 
@@ -22,10 +25,10 @@ def closing() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
-@pytest.fixture(params=["C", "Python"])
+@pytest.fixture(params=["C", "C, several connections", "Python"])
 def loops(request: pytest.FixtureRequest) -> str:
-    """Which of both moves and serves; they are told apart by nothing but speed."""
-    if request.param == "C":
+    """Which of them move and serve; they are told apart by nothing but speed."""
+    if request.param != "Python":
         needs_native()
     return str(request.param)
 
@@ -33,7 +36,7 @@ def loops(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def start(closing: contextlib.ExitStack, loops: str) -> Callable[..., Side]:
     def one(**options: object) -> Side:
-        side = Side(**{"native": loops == "C", **options})  # type: ignore[arg-type] - checked by Side and msgspec
+        side = Side(**{"native": loops != "Python", **options})  # type: ignore[arg-type] - checked by Side and msgspec
         closing.callback(side.transport.close)
         return side
 
@@ -41,11 +44,16 @@ def start(closing: contextlib.ExitStack, loops: str) -> Callable[..., Side]:
 
 
 @pytest.fixture
-def open_lane(closing: contextlib.ExitStack) -> Callable[[Side, SegmentRecord], Lane]:
+def open_lane(closing: contextlib.ExitStack, loops: str) -> Callable[[Side, SegmentRecord], Lane]:
     def one(initiator: Side, record: SegmentRecord) -> Lane:
-        link = initiator.transport.connect(record)
-        closing.callback(link.close)
-        lane = link.open_lane()
+        transport = initiator.transport
+        if loops == "C, several connections" and transport._library:
+            over = functools.partial(WideExchange, transport._library, 1 << 20)
+            lane: Lane = TcpLane(transport._dialer(record), over, width=2)
+        else:
+            link = transport.connect(record)
+            closing.callback(link.close)
+            lane = link.open_lane()
         closing.callback(lane.close)
         return lane
 

@@ -170,6 +170,7 @@ def test_a_grant_opens_the_memory_until_it_is_revoked(
     assert b"room 7".hex() in str(refusal)
 
 
+@pytest.mark.parametrize("loops", ["C", "Python"], indirect=True)  # one connection
 def test_a_slice_that_no_frame_can_carry_is_refused_here(start: Start, open_lane: OpenLane) -> None:
     initiator, target = start(), start()
     lane = open_lane(initiator, target.record)

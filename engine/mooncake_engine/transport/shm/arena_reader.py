@@ -28,6 +28,7 @@ from mooncake_engine.transport.shm.arena import (
     peer_credentials,
     proof,
 )
+from mooncake_engine.transport.shm.copier import Owner
 from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ class ArenaReader:
             more = self._receive()
         if self._gone:
             raise ConnectionResetError(self._gone)
+
+    @property
+    def owner(self) -> Owner:
+        """Whose arenas they are, as C takes it; until `close`."""
+        return Owner(alive=(self._pidfd, self._socket.fileno()))
 
     def poller(self) -> select.poll:
         """A poll object for `confirm`; each thread needs its own."""

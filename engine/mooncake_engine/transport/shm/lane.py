@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from mooncake_engine.errors import LaneError
-from mooncake_engine.iovec import IOV_MAX
+from mooncake_engine.native import Outcome
 from mooncake_engine.transport.base import Lane
 from mooncake_engine.transport.shm import process_vm
-from mooncake_engine.transport.shm.process_vm import CALL_BYTES, Runs
-from mooncake_engine.types import Op, Status
+from mooncake_engine.transport.shm.process_vm import Runs
+from mooncake_engine.types import Op, Slice, Status
 
 if TYPE_CHECKING:
     from mooncake_engine.iovec import Iovecs
+    from mooncake_engine.native.team import Team
     from mooncake_engine.transport.shm.arena_reader import ArenaReader
     from mooncake_engine.transport.shm.nonce import NonceReader
-    from mooncake_engine.types import Slice, Uint64s
+    from mooncake_engine.types import Uint64s
 
 
 _OPEN = contextlib.nullcontext()  # one for all: to make one takes 0.3 us
@@ -43,10 +44,6 @@ class Way(abc.ABC):
     def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
         """The peer's addresses as addresses of `pid`. `LaneError` REFUSED: unreachable."""
 
-    def move_at_once(self, piece: Slice) -> bool:  # noqa: ARG002 - for ways that can
-        """Move and `confirm` a slice that one call takes. False: not done; go about it singly."""
-        return False
-
     @abc.abstractmethod
     def copy(self, op: Op, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
         """Move at least one byte and at most `nbytes`; returns how many. Raises `OSError`."""
@@ -59,10 +56,10 @@ class Way(abc.ABC):
 class ByPid(Way):
     """All of the peer's memory, through the kernel."""
 
-    def __init__(self, peer: str, pid: int, nonce: NonceReader) -> None:
+    def __init__(self, peer: str, nonce: NonceReader) -> None:
         """Args: nonce: this way's own."""
-        self.pid = pid
-        self.where = f"process {pid} of {peer}"
+        self.pid = nonce.pid
+        self.where = f"process {nonce.pid} of {peer}"
         self._nonce = nonce
 
     @override
@@ -72,10 +69,6 @@ class ByPid(Way):
     @override
     def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
         return addresses
-
-    @override
-    def move_at_once(self, piece: Slice) -> bool:
-        return piece.local.size < IOV_MAX and piece.nbytes <= CALL_BYTES and self._nonce.move(piece)
 
     @override
     def copy(self, op: Op, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
@@ -118,20 +111,22 @@ class ByMapping(Way):
 class ShmLane(Lane):
     """Copies slice by slice; between system calls of at most 32 MiB it looks for an interrupt."""
 
-    def __init__(self, peer: str, way: Way) -> None:
+    def __init__(self, peer: str, way: Way, team: Team | None) -> None:
+        """Args: team: copies, as long as nothing goes wrong."""
         self._peer = peer
         self._way = way
+        self._team = team
         self._interrupted = False
 
     @override
     def move(self, piece: Slice, deadline: float) -> None:
         with self._way.held():
             self._check(piece, deadline)
-            if self._way.move_at_once(piece):
+            remote = self._way.locate(piece.remote, piece.lengths)
+            if self._team and self._moves(self._team, piece, remote, deadline):
                 return
             if piece.op is Op.WRITE:
                 self._way.confirm()  # a pid that was given away must not be written to
-            remote = self._way.locate(piece.remote, piece.lengths)
             runs = Runs(piece.local, remote, piece.lengths, piece.nbytes)
             done = 0
             while done < runs.nbytes:
@@ -142,6 +137,13 @@ class ShmLane(Lane):
                     raise self._fault(piece.op, runs, done, error) from error
                 # Like a seqlock: the peer is still there, so it was there for what was copied.
                 self._way.confirm()  # 2 us a call of up to 32 MiB
+
+    @staticmethod
+    def _moves(team: Team, piece: Slice, remote: Uint64s, deadline: float) -> bool:
+        """False: nothing is known of the slice; go about it call by call."""
+        if remote is not piece.remote:
+            piece = Slice(piece.op, piece.local, remote, piece.lengths, piece.nbytes, b"")
+        return team.run(piece, deadline) == Outcome.DONE
 
     def _check(self, piece: Slice, deadline: float) -> None:
         if self._interrupted:
@@ -173,7 +175,10 @@ class ShmLane(Lane):
     @override
     def interrupt(self) -> None:
         self._interrupted = True
+        if self._team:
+            self._team.stop()
 
     @override
     def close(self) -> None:
-        """Nothing to give back: what a lane uses belongs to its link."""
+        if self._team:
+            self._team.close()

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mooncake_engine.crowding import Crowding
 from mooncake_engine.errors import LaneError
 from mooncake_engine.iovec import IOV_MAX, address_of, iovecs, libc
 from mooncake_engine.types import Op, Status
@@ -32,9 +31,7 @@ CALL_BYTES = 32 << 20  # of one system call: 7 ms, after which an interrupt is l
 # that runs Python 2048 x 128 KiB in one memmove each took 3.3 s, and 43 ms with the lock held. So
 # what takes no longer than Python code would keep it anyway is called by PyDLL.
 _HELD_BYTES = 256 << 10  # 60 us
-_HELD_BYTES_CROWDED = 8 << 20  # 2 ms, where giving the lock back cost more than that lately
 _MAPPED_HELD_BYTES = 1 << 20  # of one memmove, about 0.1 ms
-_crowding = Crowding()
 _holding = ctypes.PyDLL(None, use_errno=True)
 _memmove_holding = _holding.memmove
 _memmove_holding.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -106,10 +103,8 @@ def copy(op: Op, pid: int, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
 
 def move(op: Op, pid: int, local: int, locals_: int, remote: int, remotes: int, nbytes: int) -> int:
     """`copy`, by the addresses and sizes of the arrays."""
-    if nbytes <= _HELD_BYTES or (nbytes <= _HELD_BYTES_CROWDED and _crowding.crowded):
-        return _call_until_moved(_CALLS_HOLDING[op], pid, local, locals_, remote, remotes)
-    with _crowding.watched():
-        return _call_until_moved(_CALLS[op], pid, local, locals_, remote, remotes)
+    calls = _CALLS_HOLDING if nbytes <= _HELD_BYTES else _CALLS
+    return _call_until_moved(calls[op], pid, local, locals_, remote, remotes)
 
 
 def _call_until_moved(

@@ -13,6 +13,7 @@ pages are dearer to pin than huge ones); beside a thread that runs Python both t
 
 from __future__ import annotations
 
+import abc
 import os
 import threading
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import msgspec
 from typing_extensions import override
 
+from mooncake_engine import native
 from mooncake_engine.errors import (
     EngineClosed,
     EngineError,
@@ -27,22 +29,22 @@ from mooncake_engine.errors import (
     LaneError,
     PathUnavailable,
 )
-from mooncake_engine.transport.base import Capabilities, Link, Transport
+from mooncake_engine.transport.base import BulkLink, Capabilities, Link, Transport
 from mooncake_engine.transport.shm.arena import ArenaServer
 from mooncake_engine.transport.shm.arena_reader import ArenaReader
+from mooncake_engine.transport.shm.copier import Copier
 from mooncake_engine.transport.shm.lane import ByMapping, ByPid, ShmLane
 from mooncake_engine.transport.shm.nonce import NONCE_BYTES, Nonce, NonceReader
 from mooncake_engine.transport.shm.process_vm import CALL_BYTES, permit_any_reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     from numpy.typing import NDArray
 
     from mooncake_engine.config import EngineConfig
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
+    from mooncake_engine.native import Library
     from mooncake_engine.transport.shm.lane import Way
     from mooncake_engine.types import SegmentRecord
 
@@ -61,30 +63,68 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShmLink(Link):
-    """One peer of this machine. Its lanes are threads of copying; they share no wire."""
+    """One peer of this machine, whose lanes copy and share no wire."""
 
-    prompt = True
-    #: Larger than elsewhere: beside a thread that runs Python each return from a call takes 5 ms,
-    #: and small batches need not wait for a lane here.
     slice_bytes = CALL_BYTES
 
-    def __init__(
-        self, peer: str, lanes: int, way: Callable[[], Way], reader: ArenaReader | None
-    ) -> None:
-        """Args: way: makes a lane's own way to the peer; reader: closed together with the link."""
-        self.lanes = lanes
+    def __init__(self, peer: str, threads: int, copier: Copier | None) -> None:
+        """Args: threads: of a large batch; copier: of loops in C, where there are any."""
+        self.lanes = threads
         self._peer = peer
-        self._way = way
-        self._reader = reader
+        self._copier = copier
+        if copier:
+            self.bulk = BulkLink(lambda: self._lane(threads))
+
+    @abc.abstractmethod
+    def _way(self) -> Way:
+        """A lane's own."""
+
+    def _lane(self, threads: int) -> ShmLane:
+        team = self._copier.team(threads) if self._copier else None
+        return ShmLane(self._peer, self._way(), team)
 
     @override
     def open_lane(self) -> ShmLane:
-        return ShmLane(self._peer, self._way())
+        return self._lane(1)
 
     @override
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
+        """Nothing but lanes to close."""
+
+
+class ByPidLink(ShmLink):
+    """By the peer's pid: all of its memory."""
+
+    def __init__(
+        self, peer: str, threads: int, nonce: NonceReader, library: Library | None
+    ) -> None:
+        super().__init__(peer, threads, Copier(library, nonce.owner) if library else None)
+        self._nonce = nonce
+        if self._copier:
+            self.at_once = self._copier.at_once
+
+    @override
+    def _way(self) -> Way:
+        return ByPid(self._peer, self._nonce.another())
+
+
+class ByMappingLink(ShmLink):
+    """By our mapping of its arenas."""
+
+    def __init__(
+        self, peer: str, threads: int, reader: ArenaReader, library: Library | None
+    ) -> None:
+        """Args: reader: closed together with the link."""
+        super().__init__(peer, threads, Copier(library, reader.owner) if library else None)
+        self._reader = reader
+
+    @override
+    def _way(self) -> Way:
+        return ByMapping(self._peer, self._reader)
+
+    @override
+    def close(self) -> None:
+        self._reader.close()
 
 
 class ShmTransport(Transport):
@@ -106,6 +146,7 @@ class ShmTransport(Transport):
         self._lock = threading.Lock()  # guards _server and _closed
         self._server: ArenaServer | None = None
         self._closed = False
+        self._library = native.wanted("shm", use=config.shm.native)
         if config.shm.allow_any_reader:
             permit_any_reader()
 
@@ -168,17 +209,14 @@ class ShmTransport(Transport):
                 f"{peer.name} speaks version {endpoint.version} of shm, this engine version "
                 f"{VERSION}; run the same release on both sides"
             )
-        pid, lanes = endpoint.pid, self.config.shm.threads
-
-        def nonce_reader() -> NonceReader:
-            return NonceReader(pid, endpoint.nonce_address, endpoint.nonce, peer.name)
-
+        threads = self.config.shm.threads
+        nonce = NonceReader(endpoint.pid, endpoint.nonce_address, endpoint.nonce, peer.name)
         try:
-            nonce_reader().confirm()
+            nonce.confirm()
         except LaneError as refusal:
             reader = self._map_arenas(peer, endpoint, refusal)
-            return ShmLink(peer.name, lanes, lambda: ByMapping(peer.name, reader), reader)
-        return ShmLink(peer.name, lanes, lambda: ByPid(peer.name, pid, nonce_reader()), None)
+            return ByMappingLink(peer.name, threads, reader, self._library)
+        return ByPidLink(peer.name, threads, nonce, self._library)
 
     def _map_arenas(
         self, peer: SegmentRecord, endpoint: Endpoint, refusal: LaneError

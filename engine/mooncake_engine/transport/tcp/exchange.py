@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import abc
 import ctypes
+import itertools
 import os
+import struct
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from mooncake_engine.iovec import iovecs
-from mooncake_engine.native import Outcome
+from mooncake_engine.native import Outcome, packed
 from mooncake_engine.native.ledgers import owned
 from mooncake_engine.transport.tcp import wire
-from mooncake_engine.transport.tcp.stream import buffer_of, framed
+from mooncake_engine.transport.tcp.stream import DeadlinePassed, buffer_of, framed
 from mooncake_engine.types import Op, Status
 
 if TYPE_CHECKING:
@@ -25,18 +27,32 @@ if TYPE_CHECKING:
 # give the lock up beside a busy Python thread costs 5 ms. It is held for 50 us at most.
 _HELD_BYTES = 64 << 10
 
+# struct told of native.h
+_TOLD = struct.Struct(f"<{wire.ANSWER.size}sQQ{wire.MAX_REASON}s")
+
 
 class Exchange(abc.ABC):
-    """Moves slices over one greeted stream, one at a time."""
+    """Moves slices over greeted streams, one at a time.
+
+    Attributes:
+        most_runs: Of one slice.
+        most_bytes: Of one slice.
+    """
+
+    most_runs: int = wire.MAX_RUNS
+    most_bytes: int = wire.MAX_NBYTES
 
     @abc.abstractmethod
-    def move(self, piece: Slice, request_id: int, deadline: float) -> str:
+    def move(self, piece: Slice, deadline: float) -> str:
         """Ask for the slice and move it; the reason when the target refused, else empty.
 
         Raises:
             EOFError | OSError | DeadlinePassed: As `Stream.receive`.
             Malformed: The peer answered what is no answer.
         """
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Let go of the streams. Never while a slice moves; idempotent."""
 
 
 def exchange_over(stream: Stream, library: Library | None) -> Exchange:
@@ -49,9 +65,11 @@ class PythonExchange(Exchange):
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self._request_ids = itertools.count(1)
 
     @override
-    def move(self, piece: Slice, request_id: int, deadline: float) -> str:
+    def move(self, piece: Slice, deadline: float) -> str:
+        request_id = next(self._request_ids)
         request = wire.pack_request(piece, request_id)
         if piece.op is Op.READ:
             self._stream.send_bytes(request, deadline)
@@ -74,49 +92,44 @@ class NativeExchange(Exchange):
     def __init__(self, stream: Stream, library: Library) -> None:
         self._stream = stream
         self._library = library
+        self._hold = library.holding.exchange_hold
         self._state = owned(
             self, library.exchange_new(stream.fileno()), library.exchange_free, "a tcp lane's state"
         )
 
     @override
-    def move(self, piece: Slice, request_id: int, deadline: float) -> str:
+    def move(self, piece: Slice, deadline: float) -> str:
         if piece.nbytes <= _HELD_BYTES:
-            start = self._library.exchange_hold
+            outcome = self._hold(self._state, packed(piece))
         else:
-            start = self._library.exchange_start
             self._stream.arm(deadline)
-        # Names, because C keeps the addresses until the exchange is over.
-        remote, lengths, local = (
-            array.tobytes() for array in (piece.remote, piece.lengths, piece.local)
-        )
-        outcome = start(
-            self._state,
-            wire.pack_header(piece, request_id),
-            wire.pack_answer(Status.OK, request_id),
-            remote,
-            lengths,
-            local,
-            piece.remote.size,
-            piece.nbytes,
-            piece.grant,
-            len(piece.grant),
-            piece.op is Op.WRITE,
-        )
+            outcome = self._library.exchange_start(self._state, packed(piece))
         while outcome == Outcome.AGAIN:
             self._stream.arm(deadline)
             outcome = self._library.exchange_go_on(self._state)
-        if outcome == Outcome.DONE:
+        if not outcome:
             return ""
         if outcome == Outcome.HANDED:
-            return self._judge(request_id, deadline)
-        if outcome == Outcome.ENDED:
-            raise EOFError
-        raise OSError(-outcome, os.strerror(-outcome))
+            return refusal(self._stream, self._library.exchange_told(self._state), deadline)
+        raise failure(outcome)
 
-    def _judge(self, request_id: int, deadline: float) -> str:
-        answer = self._library.exchange_answer(self._state)
-        header = ctypes.string_at(answer, wire.ANSWER.size)
-        status, reason_size = wire.unpack_answer(header, request_id)
-        if status is Status.OK:
-            raise wire.Malformed(f"it said OK to request {request_id} and gave a reason")
-        return self._stream.receive_bytes(reason_size, deadline).decode(errors="replace")
+
+def refusal(stream: Stream, told: int, deadline: float) -> str:
+    """Why the target refused; `told`: the address of what C found to be no OK (struct told)."""
+    header, request_id, came, reason = _TOLD.unpack(ctypes.string_at(told, _TOLD.size))
+    status, reason_size = wire.unpack_answer(header, request_id)
+    if status is Status.OK:
+        raise wire.Malformed(f"it said OK to request {request_id} and gave a reason")
+    if came > reason_size:
+        raise wire.Malformed(f"it refused request {request_id} and sent more than the reason")
+    text: bytes = reason[:came] + stream.receive_bytes(reason_size - came, deadline)
+    return text.decode(errors="replace")
+
+
+def failure(outcome: int) -> Exception:
+    """What a loop in C ended with, as the error that its Python twin raises."""
+    if outcome == Outcome.ENDED:
+        return EOFError()
+    if outcome == Outcome.LATE:
+        return DeadlinePassed()
+    return OSError(-outcome, os.strerror(-outcome))

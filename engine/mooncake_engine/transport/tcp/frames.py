@@ -37,13 +37,14 @@ class Frames(abc.ABC):
 
     Attributes:
         header: The next frame's.
-        body: Room for its addresses, lengths and grant.
+        body: Room for its addresses, lengths and grant, right behind the header.
     """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.header = np.empty(wire.REQUEST.size, np.uint8)
-        self.body = np.empty(wire.MAX_BODY, np.uint8)
+        self._frame = np.empty(wire.REQUEST.size + wire.MAX_BODY, np.uint8)
+        self.header = self._frame[: wire.REQUEST.size]
+        self.body = self._frame[wire.REQUEST.size :]
 
     @abc.abstractmethod
     def next(self) -> Arrived:
@@ -94,8 +95,7 @@ class NativeFrames(Frames):
             stream.fileno(),
             ledgers.regions.pointer,
             ledgers.grants.pointer,
-            address_of(self.header),
-            address_of(self.body),
+            address_of(self._frame),
             wire.MAX_NBYTES,
             wire.MAX_RUNS,
             wire.MAX_GRANT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -12,42 +11,61 @@ from typing_extensions import override
 from mooncake_engine.errors import LaneError
 from mooncake_engine.transport.base import Lane
 from mooncake_engine.transport.tcp import wire
-from mooncake_engine.transport.tcp.exchange import exchange_over
 from mooncake_engine.transport.tcp.failures import explain
 from mooncake_engine.transport.tcp.stream import DeadlinePassed
 from mooncake_engine.types import Status
 
 if TYPE_CHECKING:
-    from mooncake_engine.native import Library
+    from collections.abc import Callable, Iterable, Sequence
+
     from mooncake_engine.transport.tcp.dialer import Dialer
+    from mooncake_engine.transport.tcp.exchange import Exchange
+    from mooncake_engine.transport.tcp.stream import Stream
     from mooncake_engine.types import Slice
 
 
 class TcpLane(Lane):
-    """One connection; after anything but OK or REFUSED it is spent."""
+    """One or more connections; after anything but OK or REFUSED it is spent."""
 
-    def __init__(self, dialer: Dialer, library: Library | None) -> None:
-        """Connect and greet; `library`: move with its loop. Raises `LaneError`."""
+    def __init__(
+        self, dialer: Dialer, exchange: Callable[[Sequence[Stream]], Exchange], width: int = 1
+    ) -> None:
+        """Connect and greet.
+
+        Args:
+            dialer: Of the peer.
+            exchange: Moves slices over these connections.
+            width: How many to open; fewer will do where the peer serves no more.
+
+        Raises `LaneError`.
+        """
         self._dialer = dialer
-        self._library = library
-        self._stream = dialer.connect()
-        self._lock = threading.Lock()  # guards _interrupted and the change of _stream
+        self._exchange_over = exchange
+        self._width = width
+        self._lock = threading.Lock()  # guards _interrupted and the change of _streams
         self._interrupted = False
-        self._request_ids = itertools.count(1)
         self._spent = ""
+        self._streams: list[Stream] = []
         try:
-            self._exchange = exchange_over(self._stream, library)
-            dialer.greet(self._stream)
+            self._open()
         except BaseException:
-            self._stream.close()
+            _close(self._streams)
             raise
 
     @override
     def move(self, piece: Slice, deadline: float) -> None:
-        self._check(piece, deadline)
+        exchange = self._exchange
+        if (
+            self._spent
+            or piece.remote.size > exchange.most_runs
+            or piece.nbytes > exchange.most_bytes
+            or len(piece.grant) > wire.MAX_GRANT
+            or time.monotonic() >= deadline
+        ):
+            raise self._refusal(piece)
         try:
             try:
-                refusal = self._ask(piece, deadline)
+                refusal = exchange.move(piece, deadline)
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 # The peer hung up. That is its death, or the end of a grant: of this slice's, or
                 # of the last slice's, whose bytes were here before its thread had noticed. Asking
@@ -55,7 +73,7 @@ class TcpLane(Lane):
                 if self._interrupted:
                     raise
                 self._reopen()
-                refusal = self._ask(piece, deadline)
+                refusal = self._exchange.move(piece, deadline)
         except (OSError, EOFError, DeadlinePassed, wire.Malformed, LaneError) as failure:
             # Nobody knows where the next frame starts; what still arrives must find no lane.
             self._give_up()
@@ -75,50 +93,65 @@ class TcpLane(Lane):
     def interrupt(self) -> None:
         with self._lock:
             self._interrupted = True
-            self._stream.shutdown()
+            for stream in self._streams:
+                stream.shutdown()
 
     @override
     def close(self) -> None:
-        self._stream.close()
+        self._exchange.close()
+        _close(self._streams)
 
-    def _check(self, piece: Slice, deadline: float) -> None:
+    def _refusal(self, piece: Slice) -> LaneError:
         """What can be known before a byte is sent; the lane stays good."""
         if self._spent:
-            raise self._error(
+            return self._error(
                 Status.FAILED, piece, f"this lane ended before ({self._spent}); open another"
             )
-        if piece.remote.size > wire.MAX_RUNS or piece.nbytes > wire.MAX_NBYTES:
-            raise self._error(
+        most_runs, most_bytes = self._exchange.most_runs, self._exchange.most_bytes
+        if piece.remote.size > most_runs or piece.nbytes > most_bytes:
+            return self._error(
                 Status.FAILED,
                 piece,
-                f"a slice takes at most {wire.MAX_RUNS} runs and {wire.MAX_NBYTES} bytes",
+                f"a slice takes at most {most_runs} runs and {most_bytes} bytes",
             )
         if len(piece.grant) > wire.MAX_GRANT:
-            raise self._error(
+            return self._error(
                 Status.FAILED,
                 piece,
                 f"a grant takes at most {wire.MAX_GRANT} bytes, not {len(piece.grant)}",
             )
-        if time.monotonic() >= deadline:
-            raise self._error(Status.TIMED_OUT, piece, "its deadline passed before a lane was free")
-
-    def _ask(self, piece: Slice, deadline: float) -> str:
-        return self._exchange.move(piece, next(self._request_ids), deadline)
+        return self._error(Status.TIMED_OUT, piece, "its deadline passed before a lane was free")
 
     def _give_up(self) -> None:
-        self._stream.shutdown()
-        self._stream.reset_on_close()  # a target that still sends is told, and frees its thread
+        for stream in self._streams:
+            stream.shutdown()
+            stream.reset_on_close()  # a target that still sends is told, and frees its thread
 
     def _reopen(self) -> None:
-        # Not interruptible, but its kernel answered just now; the greeting is.
-        stream = self._dialer.connect()
+        self._exchange.close()
         with self._lock:
-            old, self._stream = self._stream, stream
-            if self._interrupted:
-                stream.shutdown()
-        old.close()
-        self._exchange = exchange_over(stream, self._library)
-        self._dialer.greet(stream)
+            old, self._streams = self._streams, []
+        _close(old)
+        self._open()
+
+    def _open(self) -> None:
+        """Connect, which is not interruptible; greeting is."""
+        streams = self._streams
+        while len(streams) < self._width:
+            stream = self._dialer.connect()
+            with self._lock:
+                streams.append(stream)
+                if self._interrupted:
+                    stream.shutdown()
+            try:
+                self._dialer.greet(stream)
+            except LaneError:
+                if len(streams) == 1:
+                    raise
+                stream.close()
+                streams.pop()
+                break
+        self._exchange = self._exchange_over(streams)
 
     def _error(self, status: Status, piece: Slice, reason: str) -> LaneError:
         return LaneError(
@@ -126,3 +159,8 @@ class TcpLane(Lane):
             f"{piece.op} of {piece.nbytes} bytes in {piece.remote.size} runs over tcp with "
             f"{self._dialer.peer}: {reason}",
         )
+
+
+def _close(streams: Iterable[Stream]) -> None:
+    for stream in streams:
+        stream.close()

@@ -53,7 +53,7 @@ class Serving:
             tables = body[: 16 * request.runs].view(np.uint64)
             addresses, lengths = tables[: request.runs], tables[request.runs :]
             wire.check_lengths(lengths, request.nbytes)
-            grant = body[16 * request.runs :].tobytes()
+            grant = body[16 * request.runs :][: request.grant_size].tobytes()
             self._serve(request, addresses, lengths, grant)
 
     def _serve(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import threading
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -12,20 +12,20 @@ from typing_extensions import override
 from mooncake_engine import hosts, native
 from mooncake_engine.errors import LaneError, PathUnavailable
 from mooncake_engine.transport import sockets
-from mooncake_engine.transport.base import Capabilities, Lane, Link, Transport
+from mooncake_engine.transport.base import BulkLink, Capabilities, Lane, Link, Transport
 from mooncake_engine.transport.tcp import wire
 from mooncake_engine.transport.tcp.dialer import Dialer
+from mooncake_engine.transport.tcp.exchange import exchange_over
 from mooncake_engine.transport.tcp.lane import TcpLane
 from mooncake_engine.transport.tcp.server import Server
+from mooncake_engine.transport.tcp.wide import WideExchange
 
 if TYPE_CHECKING:
-    from mooncake_engine.config import EngineConfig
+    from mooncake_engine.config import EngineConfig, TcpConfig
     from mooncake_engine.grants import GrantTable
     from mooncake_engine.memory import RegionTable
     from mooncake_engine.native import Library
     from mooncake_engine.types import SegmentRecord
-
-_log = logging.getLogger(__name__)
 
 
 class TcpEndpoint(msgspec.Struct, frozen=True):
@@ -37,20 +37,27 @@ class TcpEndpoint(msgspec.Struct, frozen=True):
 
 
 class TcpLink(Link):
-    """One peer, reached over TCP."""
+    """One peer, reached over TCP: a connection for each lane, and some for large batches."""
 
-    def __init__(self, config: EngineConfig, dialer: Dialer, library: Library | None) -> None:
+    def __init__(self, config: TcpConfig, dialer: Dialer, library: Library | None) -> None:
         """Open the first lane, which proves that the peer is there. Raises `LaneError`."""
-        self.lanes = config.tcp.lanes_per_peer
-        self.slice_bytes = config.tcp.slice_bytes
         self._dialer = dialer
         self._library = library
+        wide = config.lanes_per_peer // 2 if library else 0
+        self.lanes = config.lanes_per_peer - wide
+        self.slice_bytes = config.slice_bytes
+        if library and wide:
+            over = functools.partial(WideExchange, library, config.slice_bytes)
+            self.bulk = BulkLink(lambda: TcpLane(dialer, over, wide))
         self._lock = threading.Lock()  # guards _first
-        self._first: Lane | None = TcpLane(dialer, library)
+        self._first: Lane | None = self._lane()
+
+    def _lane(self) -> Lane:
+        return TcpLane(self._dialer, lambda streams: exchange_over(streams[0], self._library))
 
     @override
     def open_lane(self) -> Lane:
-        return self._take_first() or TcpLane(self._dialer, self._library)
+        return self._take_first() or self._lane()
 
     @override
     def close(self) -> None:
@@ -84,7 +91,7 @@ class TcpTransport(Transport):
         listener = sockets.listen(bind, tcp.min_port, tcp.max_port)
         port: int = listener.getsockname()[1]
         host = config.host or (hosts.default_address() if hosts.is_wildcard(bind) else bind)
-        self._library = _library(use=tcp.native)
+        self._library = native.wanted("tcp", use=tcp.native)
         self._endpoint = TcpEndpoint(host, port, wire.VERSION)
         self._server = Server(listener, config, regions, grants, incarnation, self._library)
 
@@ -94,6 +101,12 @@ class TcpTransport(Transport):
 
     @override
     def connect(self, peer: SegmentRecord) -> Link:
+        try:
+            return TcpLink(self.config.tcp, self._dialer(peer), self._library)
+        except LaneError as failure:
+            raise PathUnavailable(str(failure)) from failure
+
+    def _dialer(self, peer: SegmentRecord) -> Dialer:
         blob = peer.endpoints.get(self.scheme)
         if blob is None:
             raise PathUnavailable(f"{peer.name} published no tcp endpoint")
@@ -104,30 +117,14 @@ class TcpTransport(Transport):
                 f"the tcp endpoint that {peer.name} published cannot be read ({bad}); run the "
                 "same release on both"
             ) from bad
-        dialer = Dialer(
+        return Dialer(
             endpoint.host,
             endpoint.port,
             name=peer.name,
             incarnation=peer.incarnation,
             timeout_s=self.config.connect_timeout_s,
         )
-        try:
-            return TcpLink(self.config, dialer, self._library)
-        except LaneError as failure:
-            raise PathUnavailable(str(failure)) from failure
 
     @override
     def close(self) -> None:
         self._server.close()
-
-
-def _library(*, use: bool) -> Library | None:
-    """The native loops, or the log's word on why not."""
-    if not use:
-        _log.info("tcp is moved by Python: tcp.native is off")
-        return None
-    try:
-        return native.library()
-    except native.Unavailable as why:
-        _log.info("tcp is moved by Python, slower beside a busy interpreter: %s", why)
-        return None

@@ -8,6 +8,10 @@
                                           <- ANSWER header [reason | read: the bytes]
 
 All integers are little-endian. HELLO and WELCOME keep their form in every version.
+
+What comes before bytes has a length that `ALIGN` divides. The kernel copies a stream into pages one
+after the other, and what lies askew in them is copied out more slowly: 2048 x 128 KiB took 16 %
+longer behind answers of 16 bytes than behind answers of 64.
 """
 
 from __future__ import annotations
@@ -22,20 +26,21 @@ if TYPE_CHECKING:
     from mooncake_engine.types import Slice, Uint64s
 
 MAGIC = b"mooncake"
-VERSION = 1
+VERSION = 2
+ALIGN = 64
 MAX_RUNS = 1024  # one sendmsg or recvmsg
 MAX_NBYTES = 1 << 30  # one call moves at most 2 GiB - 4 KiB
 MAX_GRANT = 1024
 MAX_REASON = 1024
 MAX_INCARNATION = 63  # a Pascal string of 64 bytes
 
-HELLO = struct.Struct("<8sH64p")  # magic, version, the incarnation that we look for
-WELCOME = struct.Struct("<8sHH64p")  # magic, version, Verdict, the incarnation that is here
+HELLO = struct.Struct("<8sH64p54x")  # magic, version, the incarnation that we look for
+WELCOME = struct.Struct("<8sHH64p52x")  # magic, version, Verdict, the incarnation that is here
 REQUEST = struct.Struct("<BxHIQQ")  # operation, grant bytes, runs, nbytes, request id
-ANSWER = struct.Struct("<BxH4xQ")  # status, reason bytes, request id
+ANSWER = struct.Struct("<BxH4xQ48x")  # status, reason bytes, request id
 
 # Addresses first: they start at offset 0 of the body and so stay aligned for numpy.
-MAX_BODY = MAX_RUNS * 16 + MAX_GRANT
+MAX_BODY = MAX_RUNS * 16 + MAX_GRANT + ALIGN
 
 _OP_CODES = {Op.READ: 1, Op.WRITE: 2}
 _OPS = {code: op for op, code in _OP_CODES.items()}
@@ -75,8 +80,8 @@ class Request(NamedTuple):
 
     @property
     def body_size(self) -> int:
-        """Bytes of addresses, lengths and grant that follow the header."""
-        return 16 * self.runs + self.grant_size
+        """Bytes of addresses, lengths and grant that follow the header, and what fills them up."""
+        return _filled(REQUEST.size + 16 * self.runs + self.grant_size) - REQUEST.size
 
 
 def pack_hello(incarnation: str) -> bytes:
@@ -112,17 +117,16 @@ def unpack_welcome(data: bytes) -> Welcome:
         raise Malformed(f"it answered with verdict {verdict}, unknown here") from unknown
 
 
-def pack_header(piece: Slice, request_id: int) -> bytes:
-    """Header of one slice's request; addresses, lengths and grant follow it."""
-    return REQUEST.pack(
-        _OP_CODES[piece.op], len(piece.grant), piece.remote.size, piece.nbytes, request_id
-    )
-
-
 def pack_request(piece: Slice, request_id: int) -> bytes:
     """Header, addresses, lengths and grant of one slice."""
-    header = pack_header(piece, request_id)
-    return b"".join((header, piece.remote.tobytes(), piece.lengths.tobytes(), piece.grant))
+    grant, runs = piece.grant, piece.remote.size
+    header = REQUEST.pack(_OP_CODES[piece.op], len(grant), runs, piece.nbytes, request_id)
+    frame = b"".join((header, piece.remote.tobytes(), piece.lengths.tobytes(), grant))
+    return frame.ljust(_filled(len(frame)), b"\0")
+
+
+def _filled(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
 
 
 def unpack_request(data: bytes) -> Request:
