@@ -1,7 +1,7 @@
-"""A batch's arrays -> merged runs -> slices. Pure numpy: no Python runs per descriptor.
+"""A batch's arrays -> merged runs -> slices. No Python runs per descriptor.
 
-2048 scattered descriptors take about 100 us here; a loop over them would take longer than
-moving them over shared memory does. Up to `FEW` it is the other way round (`_merge_few`).
+A loop over 2048 descriptors would take longer than moving them over shared memory does: C merges
+them, or numpy where it was not built. Up to `FEW` it is the other way round (`_merge_few`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mooncake_engine import native
 from mooncake_engine.errors import InvalidTransfer
+from mooncake_engine.iovec import address_of
 from mooncake_engine.memory import FEW
 from mooncake_engine.types import Op, Slice, uint64s
 
@@ -31,6 +33,8 @@ MIN_SHARE = 1 << 20
 #: whose core is busy with something else then takes fewer of them.
 FINE_BYTES = 8 << 20
 SLICES_PER_LANE = 4
+#: So many are merged with the interpreter lock held: 0.1 ms, where to give it up may cost 5.
+_HELD_RUNS = 8192
 
 
 class Runs(NamedTuple):
@@ -105,8 +109,29 @@ def merge(op: Op, given: Runs) -> Runs:
     Raises:
         InvalidTransfer: Two runs write the same destination byte (sources may overlap).
     """
-    if given.lengths.size <= FEW and (runs := _merge_few(op, given)) is not None:
-        return runs
+    few = given.lengths.size <= FEW
+    runs = _merge_few(op, given) if few else _merge_in_c(op, given)
+    return _merge_in_numpy(op, given) if runs is None else runs
+
+
+def _merge_in_c(op: Op, given: Runs) -> Runs | None:
+    """None: there is no library, or some overlap, and numpy's way says which."""
+    library = native.available()
+    if library is None:
+        return None
+    count = given.lengths.size
+    destinations, sources = given[:2] if op is Op.READ else given[1::-1]
+    into, out, lengths = np.empty((3, count), np.uint64)
+    merge = library.holding.merge if count <= _HELD_RUNS else library.merge
+    arrays = destinations, sources, given.lengths
+    made = merge(*map(address_of, arrays), count, *map(address_of, (into, out, lengths)))
+    if not made:
+        return None
+    into, out, lengths = into[:made], out[:made], lengths[:made]
+    return Runs(into, out, lengths) if op is Op.READ else Runs(out, into, lengths)
+
+
+def _merge_in_numpy(op: Op, given: Runs) -> Runs:
     destination = given.local if op is Op.READ else given.remote
     local, remote, lengths = given
     if destination.size > 1 and not bool((destination[1:] >= destination[:-1]).all()):

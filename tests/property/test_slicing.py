@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mooncake_engine import InvalidTransfer, Op
-from mooncake_engine.slicing import MAX_RUNS, MIN_SHARE, cut, descriptors, merge
+from mooncake_engine.slicing import (
+    MAX_RUNS,
+    MIN_SHARE,
+    _merge_in_c,
+    _merge_in_numpy,
+    cut,
+    descriptors,
+    merge,
+)
+from native_loops import needs_native
 
 if TYPE_CHECKING:
     from mooncake_engine.types import Slice
@@ -67,6 +76,34 @@ def test_slices_cover_every_byte_once_and_no_other(
         assert 0 < piece.lengths.size <= MAX_RUNS
         assert (piece.op, piece.grant) == (op, b"grant")
         assert all(a.flags.c_contiguous for a in (piece.local, piece.remote, piece.lengths))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40) | st.integers(0, 1 << 63), st.integers(0, 60)),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(1, 9),
+    st.sampled_from(Op),
+)
+def test_c_and_numpy_join_and_order_alike(
+    places: list[tuple[int, int]], length: int, op: Op
+) -> None:
+    """Also where two runs overlap: then C leaves it to numpy to say which."""
+    needs_native()
+    rows = [(to * length, source * length, length) for to, source in places if to < 1 << 59]
+    if not rows:
+        return
+    runs = descriptors(as_given(op, rows), None, None)
+    found = _merge_in_c(op, runs)
+    if found is None:
+        with pytest.raises(InvalidTransfer, match="overlap in their destination"):
+            _merge_in_numpy(op, runs)
+        return
+    for mine, other in zip(found, _merge_in_numpy(op, runs), strict=True):
+        np.testing.assert_array_equal(mine, other)
+        assert mine.flags.c_contiguous
 
 
 @given(disjoint(), st.sampled_from(Op))

@@ -52,6 +52,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "team_wait": (_INT, (_POINTER, _I64, _POINTER)),
     "team_stop": (None, (_POINTER,)),
     "team_failed": (_SIZE, (_POINTER,)),
+    "merge": (_SIZE, (_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER)),
     "regions_new": (_POINTER, ()),
     "regions_free": (None, (_POINTER,)),
     "regions_replace": (None, (_POINTER, _POINTER, _POINTER, _SIZE, _U64, _U64)),
@@ -67,6 +68,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 _HOLDING: Final = {
     "exchange_hold": (_INT, (_POINTER, _POINTER)),
     "copy": (_INT, (_POINTER, _POINTER)),
+    "merge": _FUNCTIONS["merge"],
     "team_run": _FUNCTIONS["team_run"],
 }
 
@@ -161,6 +163,12 @@ def library() -> Library:
     if isinstance(found, Unavailable):
         raise Unavailable(str(found))
     return found
+
+
+def available() -> Library | None:
+    """The same, where nothing needs to be said when there is none."""
+    found = _loaded()
+    return None if isinstance(found, Unavailable) else found
 
 
 def wanted(scheme: str, *, use: bool) -> Library | None:
