@@ -27,6 +27,7 @@ class Hand:
         self.work = threading.Condition(lock)
         self.called = False  # told to look, and not awake yet
         self.lent = False  # a caller moves slices on the lane, so the thread must not
+        self.alone = False  # a slice that is no batch's
         self.used = False  # lent since the thread began to wait: the lane was not idle
 
     def call(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from mooncake_engine.batch import Batch
+    from mooncake_engine.prepared import PreparedTransfer
     from mooncake_engine.types import Region
 
 #: How long `close` waits for the deadline thread, which never blocks on anything but its lock.
@@ -29,6 +31,7 @@ class InFlight:
         self._changed = threading.Condition(self.lock)
         self._batches: set[Batch] = set()
         self._late: set[Batch] = set()  # those of them that were told so
+        self._alone: Counter[PreparedTransfer] = Counter()  # runs that are no batch
         self._thread: threading.Thread | None = None
         self._wakes_at = float("inf")
         self._closed = False
@@ -55,14 +58,27 @@ class InFlight:
             if self._late:
                 self._late.discard(batch)
 
-    def touching(self, region: Region) -> Batch | None:
-        """A batch that uses local memory of `region`, or None."""
+    def enter(self, transfer: PreparedTransfer) -> None:
+        """It moves its one slice by a lane, which looks at the deadline; no batch is made of it."""
+        with self.lock:
+            self._alone[transfer] += 1
+
+    def leave(self, transfer: PreparedTransfer) -> None:
+        """That has ended."""
+        with self.lock:
+            self._alone[transfer] -= 1
+            if not self._alone[transfer]:
+                del self._alone[transfer]
+
+    def touching(self, region: Region) -> Batch | PreparedTransfer | None:
+        """What uses local memory of `region`, or None."""
         first, end = np.uint64(region.address), np.uint64(region.address + region.length)
         with self.lock:
-            for batch in self._batches:
-                local, _, lengths = batch.plan.runs
+            users: list[Batch | PreparedTransfer] = [*self._batches, *self._alone]
+            for user in users:
+                local, _, lengths = user.plan.runs
                 if ((local < end) & (local + lengths > first)).any():
-                    return batch
+                    return user
         return None
 
     def close(self) -> None:
@@ -84,8 +100,12 @@ class InFlight:
                 late = {batch for batch in watched if batch.deadline <= now}
                 self._late |= late
                 if not late:
-                    self._wakes_at = min((b.deadline for b in watched), default=float("inf"))
-                    # Without batches it sleeps until `add`; TIMEOUT_MAX is 292 years.
+                    # Who woke it for a batch that has ended meanwhile need not do so for the next:
+                    # it sleeps until that one's time, and then, if there is none, until `add`.
+                    if watched:
+                        self._wakes_at = min(batch.deadline for batch in watched)
+                    elif self._wakes_at <= now:
+                        self._wakes_at = float("inf")  # TIMEOUT_MAX is 292 years
                     self._changed.wait(min(self._wakes_at - now, threading.TIMEOUT_MAX))
                     continue
             for batch in late:  # outside the lock: ending a batch runs callbacks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -29,10 +29,11 @@ from mooncake_engine.types import Completion, Status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mooncake_engine.batch import Failure
     from mooncake_engine.memory import Bounds, RegionTable
     from mooncake_engine.segment import Segment
-    from mooncake_engine.stats import Key, Tally, Totals
-    from mooncake_engine.types import Op, SegmentRecord, Slice
+    from mooncake_engine.stats import Key, Totals
+    from mooncake_engine.types import Op, Path, SegmentRecord, Slice
 
 
 class Office:
@@ -66,8 +67,11 @@ class Office:
         """A batch is under way no more."""
         with self.inflight.lock:
             self.inflight.discard(batch)
-            tally = self.counters.tally(completion.path.scheme, batch.op, completion.status)
-            tally.add(completion)
+            self.count(batch.op, completion)
+
+    def count(self, op: Op, end: Completion) -> None:
+        """Something ended; with the lock of `inflight`."""
+        self.counters.tally(end.path.scheme, op, end.status).add(end)
 
     def statistics(self) -> dict[Key, Totals]:
         """Of the batches that have ended."""
@@ -89,15 +93,6 @@ class Office:
                 ) from None
             segment.update(record)
             segment.check(runs.remote, runs.lengths)
-
-
-class Alone(NamedTuple):
-    """The only slice of a transfer that needs no lane."""
-
-    move: Callable[[Slice], bool]
-    piece: Slice
-    runs: int
-    tally: Tally
 
 
 class PreparedTransfer:
@@ -123,25 +118,26 @@ class PreparedTransfer:
         self._worker = segment.worker(nbytes)
         link = self._worker.link
         slices = slicing.cut(op, runs, grant, link.slice_bytes, link.slice_runs, link.lanes)
-        self._plan = slicing.Plan(op, runs, slices, nbytes, given.lengths.size)
-        self._alone: Alone | None = None
-        if link.at_once and len(slices) == 1:
-            tally = office.counters.tally(segment.path.scheme, op, Status.OK)
-            self._alone = Alone(link.at_once, slices[0], runs.lengths.size, tally)
+        self.plan = slicing.Plan(op, runs, slices, nbytes, given.lengths.size)
+        #: The only slice, if there is only one.
+        self._alone = slices[0] if len(slices) == 1 else None
+        self._runs = runs.lengths.size
+        self._tally = office.counters.tally(segment.path.scheme, op, Status.OK)
         self._ours = office.regions.bounds
         self._ours.check(runs.local, runs.lengths, "this engine")
 
     @override
     def __repr__(self) -> str:
-        plan = self._plan
+        plan = self.plan
         return f"<PreparedTransfer {plan.op} {plan.nbytes} bytes of {self._segment.name}>"
 
     def submit(self, timeout: float | None = None) -> Batch:
         """Start a run; as `TransferEngine.submit`, whose errors it raises."""
-        if self._alone and (end := self._at_once(self._alone, timeout)):
+        at_once = self._worker.link.at_once
+        if at_once and self._alone and (end := self._at_once(at_once, self._alone, timeout)):
             return self._batch(self._office.timeout_s).ended(end)
         batch = self._start(timeout)
-        if self._plan.slices:
+        if self.plan.slices:
             self._worker.submit(batch)
         else:
             batch.finish(None)
@@ -149,44 +145,78 @@ class PreparedTransfer:
 
     def transfer(self, timeout: float | None = None) -> Completion:
         """Run and wait; as `TransferEngine.transfer`."""
-        if self._alone and (end := self._at_once(self._alone, timeout)):
-            return end
+        if piece := self._alone:
+            at_once = self._worker.link.at_once
+            end = (
+                self._at_once(at_once, piece, timeout) if at_once else self._by_lane(piece, timeout)
+            )
+            if end:
+                return end
         batch = self._start(timeout)
-        if self._plan.slices:
+        if self.plan.slices:
             self._worker.transfer(batch)
         else:
             batch.finish(None)
         return batch.wait()
 
-    def _at_once(self, alone: Alone, timeout: float | None) -> Completion | None:
-        """Run without a batch, which costs as much as to copy 4 KiB. None: go the long way.
+    # A transfer of one slice that can be moved right now is no batch: to make one and to keep its
+    # books costs more than to copy 4 KiB. Where that cannot be, or something has changed since the
+    # last run, both return None, and it goes the long way.
 
-        As nothing waits, there is nothing to time out or to cancel, and no unregister and no close
-        comes in between.
-        """
-        office, segment = self._office, self._segment
+    def _at_once(
+        self, move: Callable[[Slice], bool], piece: Slice, timeout: float | None
+    ) -> Completion | None:
+        """Without a lane. Nothing waits; so no unregister and no close comes in between."""
         began = time.monotonic()
-        with office.inflight.lock:
-            if (
-                office.closed
-                or segment.bounds is not self._theirs
-                or office.regions.bounds is not self._ours
-                or self._worker.closed
-                or (timeout is not None and timeout <= 0)
-                or not alone.move(alone.piece)
-            ):
+        with self._office.inflight.lock:
+            if self._has_changed(timeout) or not move(piece):
                 return None
-            plan = self._plan
-            end = Completion(
-                status=Status.OK,
-                nbytes=plan.nbytes,
-                path=segment.path,
-                descriptors=plan.descriptors,
-                runs=alone.runs,
-                queued_s=0.0,
-                total_s=time.monotonic() - began,
-            )
-            alone.tally.add(end)
+            return self._ended(began, None, None)
+
+    def _by_lane(self, piece: Slice, timeout: float | None) -> Completion | None:
+        """By an idle lane, which looks at the deadline itself."""
+        began = time.monotonic()
+        inflight = self._office.inflight
+        with inflight.lock:
+            hand = None if self._has_changed(timeout) else self._worker.borrow()
+            if hand is None:
+                return None
+            inflight.enter(self)
+        try:
+            deadline = began + (self._office.timeout_s if timeout is None else timeout)
+            failure, path = self._worker.move_alone(hand, piece, deadline)
+        finally:
+            inflight.leave(self)
+        with inflight.lock:
+            return self._ended(began, failure, path)
+
+    def _has_changed(self, timeout: float | None) -> bool:
+        """What the long way looks at, and says what is wrong with it."""
+        return (
+            self._office.closed
+            or self._segment.bounds is not self._theirs
+            or self._office.regions.bounds is not self._ours
+            or self._worker.closed is not None
+            or (timeout is not None and not 0 < timeout < threading.TIMEOUT_MAX)
+        )
+
+    def _ended(self, began: float, failure: Failure | None, path: Path | None) -> Completion:
+        """With the lock of `inflight`, which also guards the tallies."""
+        plan = self.plan
+        end = Completion(
+            status=failure.status if failure else Status.OK,
+            error=failure.error if failure else "",
+            nbytes=plan.nbytes,
+            path=path or self._segment.path,
+            descriptors=plan.descriptors,
+            runs=self._runs,
+            queued_s=0.0,
+            total_s=time.monotonic() - began,
+        )
+        if failure or path:
+            self._office.count(plan.op, end)
+        else:
+            self._tally.add(end)
         return end
 
     def _start(self, timeout: float | None) -> Batch:
@@ -199,7 +229,7 @@ class PreparedTransfer:
         return batch
 
     def _batch(self, timeout: float) -> Batch:
-        return Batch(self._plan, self._segment.path, timeout, self._worker.stop, self._office.ended)
+        return Batch(self.plan, self._segment.path, timeout, self._worker.stop, self._office.ended)
 
     def _check(self, timeout: float | None) -> float:
         """May it run, as far as the peer's memory goes? Returns the seconds that it has."""
@@ -209,7 +239,7 @@ class PreparedTransfer:
             raise InvalidTransfer(f"a transfer cannot have {timeout} s; give more than 0")
         theirs = self._segment.bounds
         if theirs is not self._theirs:
-            self._office.check_remote(self._segment, self._plan.runs)
+            self._office.check_remote(self._segment, self.plan.runs)
             self._theirs = theirs
         return timeout
 
@@ -218,6 +248,6 @@ class PreparedTransfer:
         self._office.check_open()
         ours = self._office.regions.bounds
         if ours is not self._ours:
-            runs = self._plan.runs
+            runs = self.plan.runs
             ours.check(runs.local, runs.lengths, "this engine")
             self._ours = ours

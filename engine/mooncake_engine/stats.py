@@ -60,7 +60,11 @@ class Counters:
 
     def tally(self, scheme: str, op: Op, status: Status) -> Tally:
         """Where such batches are added."""
-        return self._tallies.setdefault((scheme, op, status), Tally())
+        key = scheme, op, status
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = Tally()
+        return tally
 
     def snapshot(self) -> dict[Key, Totals]:
         """What was counted at least once."""

@@ -24,7 +24,7 @@ from mooncake_engine.types import Status
 if TYPE_CHECKING:
     from mooncake_engine.batch import Batch
     from mooncake_engine.transport.base import Link
-    from mooncake_engine.types import Slice
+    from mooncake_engine.types import Path, Slice
 
 _log = logging.getLogger(__name__)
 
@@ -77,12 +77,47 @@ class LinkWorker:
         while hand is not None and piece is not None:
             failure: Failure | None = _INTERRUPTED
             try:
-                failure = self._move(hand, batch, piece)
+                failure = self._move(hand, piece, batch.deadline)
             finally:  # also when a signal's handler raises: by then the lane has let go
                 with self._lock:
                     finished = self._settle(hand, batch, failure)
                     piece = self._another(hand, batch)
                 self._finish(finished)
+
+    def borrow(self) -> Hand | None:
+        """An idle lane for one slice that is no batch's, unless batches wait; `move_alone` uses it.
+
+        What a batch costs is as much again as to move 4 KiB over loopback.
+        """
+        with self._lock:
+            if self.closed is not None or self._ready:
+                return None
+            hand = self._idle.borrow()
+            if hand is not None:
+                hand.alone = True
+            return hand
+
+    def move_alone(
+        self, hand: Hand, piece: Slice, deadline: float
+    ) -> tuple[Failure | None, Path | None]:
+        """Move the slice on the calling thread and give the lane back.
+
+        Returns how it failed, if it did, and the lane's `path`.
+        """
+        failure: Failure | None = _INTERRUPTED
+        path: Path | None = None
+        try:
+            failure = self._move(hand, piece, deadline)
+        finally:  # also when a signal's handler raises: by then the lane has let go
+            with self._lock:
+                hand.alone = False
+                if hand.lane is not None:
+                    path = hand.lane.path
+                if failure is not None:
+                    failure = self.closed or failure
+                    hand.spent |= failure.status is not Status.REFUSED
+                self._give_back(hand)
+        return failure, path
 
     def stop(self, batch: Batch, failure: Failure) -> None:
         """End a batch early: drop what waits, interrupt the lanes that move its slices.
@@ -101,6 +136,8 @@ class LinkWorker:
             moving = {hand.batch for hand in self._hands if hand.batch is not None}
             finished = [batch for batch in {*self._ready, *moving} if self._stop(batch, failure)]
             for hand in self._hands:
+                if hand.alone:
+                    self._interrupt(hand)
                 hand.call()
         self._finish(finished)
 
@@ -136,10 +173,15 @@ class LinkWorker:
                 self._ready.remove(batch)
         for hand in self._hands:
             # Under the lock, else the lane might have gone on to another batch meanwhile.
-            if hand.batch is batch and hand.lane is not None and not hand.spent:
-                hand.spent = True
-                hand.lane.interrupt()
+            if hand.batch is batch:
+                self._interrupt(hand)
         return finished
+
+    @staticmethod
+    def _interrupt(hand: Hand) -> None:
+        if hand.lane is not None and not hand.spent:
+            hand.spent = True
+            hand.lane.interrupt()
 
     def _stop_queued(self, failure: Failure) -> list[Batch]:
         return [batch for batch in tuple(self._ready) if self._stop(batch, failure)]
@@ -197,10 +239,14 @@ class LinkWorker:
         """One more slice for a caller, unless others wait for lanes: then its thread goes on."""
         if not hand.spent and len(self._ready) == 1 and self._ready[0] is batch:
             return self._next(hand)[1]
+        self._give_back(hand)
+        return None
+
+    def _give_back(self, hand: Hand) -> None:
+        """Of a lane that was borrowed. Its thread looks if there is something for it to do."""
         self._idle.give_back(hand)
         if self._ready or self.closed is not None or hand.spent:
             hand.call()
-        return None
 
     @staticmethod
     def _assign(hand: Hand, batch: Batch) -> Slice:
@@ -236,7 +282,7 @@ class LinkWorker:
                 return
             try:
                 while (job := self._take(hand)) is not None:
-                    failure = self._move(hand, *job)
+                    failure = self._move(hand, job[1], job[0].deadline)
                     with self._lock:
                         finished = self._settle(hand, job[0], failure)
                     self._finish(finished)
@@ -282,12 +328,12 @@ class LinkWorker:
 
     # Below: a hand's thread, or a caller that borrowed its lane.
 
-    def _move(self, hand: Hand, batch: Batch, piece: Slice) -> Failure | None:
+    def _move(self, hand: Hand, piece: Slice, deadline: float) -> Failure | None:
         lane = hand.lane
         if lane is None:
             raise AssertionError(f"a hand of {self._name} was given a slice and has no lane")
         try:
-            lane.move(piece, batch.deadline)
+            lane.move(piece, deadline)
         except LaneError as error:
             return Failure(error.status, str(error))
         except Exception as error:  # noqa: BLE001 - a bug in a transport must not end this thread

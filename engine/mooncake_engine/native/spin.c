@@ -1,8 +1,9 @@
 /* Looking for bytes for a moment before sleeping until they come.
  *
  * To be woken costs 21 us a round trip on a virtual machine, to look all the time 7.5 us. But who
- * looks takes a core from somebody, so it is brief, it stops where the core was taken away (others
- * want it), and after each try that found nothing twice as many chances are left out. */
+ * looks takes a core from somebody: so it is brief, and after each try that found nothing twice as
+ * many chances are left out. Where the core was taken away meanwhile, others want it: who sleeps is
+ * let in at once when there is something to do, who looked has used up his share and waits. */
 
 #include "native.h"
 
@@ -10,16 +11,27 @@
 #include <sys/socket.h>
 
 enum {
-    ABSENT_NS = 20000,    /* between two looks, each under 1 us: we were off the core */
-    MOST_LEFT_OUT = 256,  /* chances: beside a slow peer, 0.2 us each of a wait of 50 or more */
+    TAKEN_NS = 500000,   /* between two looks, each under 1 us: somebody else was on the core */
+    LEAST_WARY = 256,    /* chances left out after that */
+    MOST_WARY = 8192,
+    MOST_LEFT_OUT = 256, /* chances: beside a slow peer, 0.2 us each of a wait of 50 or more */
 };
 
-static void wasted(struct spin *spin)
+static void found_nothing(struct spin *spin)
 {
     spin->step = spin->step ? spin->step * 2 : 1;
     if (spin->step > MOST_LEFT_OUT)
         spin->step = MOST_LEFT_OUT;
     spin->skip = spin->step;
+}
+
+/* A core that is taken away after 4 ms of looking is taken away again: forget it slowly. */
+static void was_taken(struct spin *spin)
+{
+    spin->wary = spin->wary < LEAST_WARY ? LEAST_WARY : spin->wary * 4;
+    if (spin->wary > MOST_WARY)
+        spin->wary = MOST_WARY;
+    spin->skip = spin->wary;
 }
 
 int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t *budget)
@@ -35,15 +47,16 @@ int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t
     for (;;) {
         moved = receive_once(fd, into, MSG_DONTWAIT);
         int64_t now = now_ns();
-        if (moved != -EAGAIN) {
-            *budget -= now - began;
-            spin->step = 0;
+        bool found = moved != -EAGAIN, late = now - began >= *budget;
+        if (found || late) {
+            *budget = late ? 0 : *budget - (now - began);
+            if (now - last >= TAKEN_NS)
+                was_taken(spin);
+            else if (found)
+                spin->step = 0, spin->wary -= (spin->wary + 63) / 64;
+            else
+                found_nothing(spin);
             return moved;
-        }
-        if (now - began >= *budget || now - last >= ABSENT_NS) {
-            *budget = 0;
-            wasted(spin);
-            return -EAGAIN;
         }
         last = now;
     }

@@ -146,7 +146,9 @@ def test_an_address_outside_the_regions_is_refused_and_the_lane_lives_on(
     bad = slice_of(op, [initiator.address], [target.address + first], [length])
     refusal = failure_of(lane, bad, soon())
     assert refusal.status is Status.REFUSED
-    assert f"{target.address + first:#x} lie outside every region" in str(refusal)
+    assert "lie outside every region" in str(refusal)
+    if length < MIB:  # else several connections share it, and any of them may be refused first
+        assert f"{target.address + first:#x} lie" in str(refusal)
     assert not target.memory.any()
     (initiator if op is Op.WRITE else target).memory[:MIB] = 5
     lane.move(slice_of(op, [initiator.address], [target.address], [MIB]), soon())
