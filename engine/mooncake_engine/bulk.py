@@ -67,6 +67,7 @@ class LentLane(Lane):
         if self._lane is None and time.monotonic() >= self._again_at:
             self._try()
         if self._lane is not None:
+            self._lane.hurry = self.hurry
             self._lane.move(piece, deadline)
             self.path = self._lane.path
         else:

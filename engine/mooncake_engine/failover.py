@@ -210,7 +210,9 @@ class FailoverLane(Lane):
     def move(self, piece: Slice, deadline: float) -> None:
         self.path = None
         try:
-            (self._first or self._first_lane()).move(piece, deadline)
+            lane = self._first or self._first_lane()
+            lane.hurry = self.hurry
+            lane.move(piece, deadline)
         except PathLost as lost:
             self._move_around(piece, deadline, lost)
         else:

@@ -80,11 +80,13 @@ class IdleHands:
         for hand in reversed(self._waiting):
             if hand.lane is not None and not hand.spent:
                 self._waiting.remove(hand)
-                hand.lent = True
+                hand.lent = hand.lane.hurry = True
                 return hand
         return None
 
     def give_back(self, hand: Hand) -> None:
         """The borrower is done with the lane."""
         hand.lent, hand.used = False, True
+        if hand.lane is not None:
+            hand.lane.hurry = False
         self._waiting.append(hand)

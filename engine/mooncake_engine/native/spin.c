@@ -5,9 +5,11 @@
  * many chances are left out. Where the core was taken away meanwhile, others want it: who sleeps is
  * let in at once when there is something to do, who looked has used up his share and waits. */
 
+#define _GNU_SOURCE
 #include "native.h"
 
 #include <errno.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
 enum {
@@ -23,6 +25,17 @@ static void found_nothing(struct spin *spin)
     if (spin->step > MOST_LEFT_OUT)
         spin->step = MOST_LEFT_OUT;
     spin->skip = spin->step;
+}
+
+/* Was it this machine's scheduler who took the core away, since the last such gap? A hypervisor does
+ * so too, and whoever sleeps then is not let in any sooner. */
+static bool by_the_scheduler(struct spin *spin)
+{
+    struct rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    bool switched = usage.ru_nivcsw != spin->switches;
+    spin->switches = usage.ru_nivcsw;
+    return switched;
 }
 
 /* A core that is taken away after 4 ms of looking is taken away again: forget it slowly. */
@@ -50,7 +63,7 @@ int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t
         bool found = moved != -EAGAIN, late = now - began >= *budget;
         if (found || late) {
             *budget = late ? 0 : *budget - (now - began);
-            if (now - last >= TAKEN_NS)
+            if (now - last >= TAKEN_NS && by_the_scheduler(spin))
                 was_taken(spin);
             else if (found)
                 spin->step = 0, spin->wary -= (spin->wary + 63) / 64;

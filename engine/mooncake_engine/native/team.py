@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from typing import TYPE_CHECKING
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
     from mooncake_engine.native import Library
     from mooncake_engine.types import Slice
 
-#: Beside a busy Python thread a slice up to this is moved with the interpreter lock held, for
-#: `_HELD_NS` at most: to give the lock up would cost 5 ms.
+#: Beside a busy Python thread a slice up to this may be moved with the interpreter lock held, for a
+#: switch interval at most, as any Python thread does: to give the lock up would cost as much.
 _HELD_BYTES = 8 << 20
-_HELD_NS = 3_000_000
 #: So long the calling thread stays in C: then Python looks for signals.
 _WAIT_NS = 100_000_000
 _MOST_NS = (1 << 63) - 1
@@ -69,14 +69,17 @@ class Team:
         """The member that ended the last run."""
         return int(self._library.team_failed(self.pointer))
 
-    def run(self, piece: Slice, deadline: float) -> int:
-        """Move the slice; how that ended (`Outcome`, or -errno). No member touches it any more."""
+    def run(self, piece: Slice, deadline: float, *, hurry: bool) -> int:
+        """Move the slice; how that ended (`Outcome`, or -errno). No member touches it any more.
+
+        `hurry` is `Lane.hurry`.
+        """
         share = piece.nbytes // (self._size * _PIECES_EACH)
         piece_bytes = max(self._least, min(share, self._most)) // _PAGE * _PAGE
         deadline_ns = min(int(deadline * 1e9), _MOST_NS)
-        held = piece.nbytes <= _HELD_BYTES and CROWDING.crowded
+        held = hurry and piece.nbytes <= _HELD_BYTES and CROWDING.crowded
         start = self._library.holding.team_run if held else self._library.team_run
-        limit = _HELD_NS if held else _WAIT_NS
+        limit = int(sys.getswitchinterval() * 1e9) if held else _WAIT_NS
         try:
             outcome: int = start(
                 self.pointer, packed(piece), piece_bytes, deadline_ns, limit, self._ended_at

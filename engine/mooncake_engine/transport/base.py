@@ -62,6 +62,9 @@ class Lane(abc.ABC):
 
     #: How the slice last moved went, when not by its link's own path (`mooncake_engine.failover`).
     path: Path | None = None
+    #: Set before `move` where the calling thread is a caller's, who does nothing but wait: then the
+    #: interpreter lock may be held for a switch interval, if to give it up would cost as much.
+    hurry: bool = False
 
     @abc.abstractmethod
     def move(self, piece: Slice, deadline: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 #: beside a thread that runs Python.
 _HELD_BYTES = 256 << 10
 _PIECE_BYTES = 64 << 10, 2 << 20  # 2 MiB take 0.5 ms, after which an interrupt is looked at
-_OWNER = struct.Struct("<qQ32s2i")  # struct owner of copies.c
+_OWNER = struct.Struct("<qQ32s2i8x")  # struct owner of copies.c
 
 
 class Owner(NamedTuple):
@@ -35,7 +36,9 @@ class Copier:
     def __init__(self, library: Library, owner: Owner) -> None:
         self._library = library
         self._copy = library.holding.copy
-        self._owner = _OWNER.pack(*owner[:3], *owner.alive)
+        memory = _OWNER.pack(*owner[:3], *owner.alive)
+        self._memory = ctypes.create_string_buffer(memory, len(memory))  # C notes something in it
+        self._owner = ctypes.addressof(self._memory)
 
     def at_once(self, piece: Slice) -> bool:
         """Move a small slice of a process. False: it is not small, or nothing is known of it."""

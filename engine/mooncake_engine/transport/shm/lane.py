@@ -123,7 +123,7 @@ class ShmLane(Lane):
         with self._way.held():
             self._check(piece, deadline)
             remote = self._way.locate(piece.remote, piece.lengths)
-            if self._team and self._moves(self._team, piece, remote, deadline):
+            if self._team and self._is_moved_by(self._team, piece, remote, deadline):
                 return
             if piece.op is Op.WRITE:
                 self._way.confirm()  # a pid that was given away must not be written to
@@ -138,12 +138,11 @@ class ShmLane(Lane):
                 # Like a seqlock: the peer is still there, so it was there for what was copied.
                 self._way.confirm()  # 2 us a call of up to 32 MiB
 
-    @staticmethod
-    def _moves(team: Team, piece: Slice, remote: Uint64s, deadline: float) -> bool:
+    def _is_moved_by(self, team: Team, piece: Slice, remote: Uint64s, deadline: float) -> bool:
         """False: nothing is known of the slice; go about it call by call."""
         if remote is not piece.remote:
             piece = Slice(piece.op, piece.local, remote, piece.lengths, piece.nbytes, b"")
-        return team.run(piece, deadline) == Outcome.DONE
+        return team.run(piece, deadline, hurry=self.hurry) == Outcome.DONE
 
     def _check(self, piece: Slice, deadline: float) -> None:
         if self._interrupted:

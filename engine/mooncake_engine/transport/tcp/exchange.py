@@ -43,8 +43,10 @@ class Exchange(abc.ABC):
     most_bytes: int = wire.MAX_NBYTES
 
     @abc.abstractmethod
-    def move(self, piece: Slice, deadline: float) -> str:
+    def move(self, piece: Slice, deadline: float, *, hurry: bool) -> str:
         """Ask for the slice and move it; the reason when the target refused, else empty.
+
+        `hurry` is `Lane.hurry`.
 
         Raises:
             EOFError | OSError | DeadlinePassed: As `Stream.receive`.
@@ -68,7 +70,7 @@ class PythonExchange(Exchange):
         self._request_ids = itertools.count(1)
 
     @override
-    def move(self, piece: Slice, deadline: float) -> str:
+    def move(self, piece: Slice, deadline: float, *, hurry: bool) -> str:
         request_id = next(self._request_ids)
         request = wire.pack_request(piece, request_id)
         if piece.op is Op.READ:
@@ -98,7 +100,7 @@ class NativeExchange(Exchange):
         )
 
     @override
-    def move(self, piece: Slice, deadline: float) -> str:
+    def move(self, piece: Slice, deadline: float, *, hurry: bool) -> str:
         if piece.nbytes <= _HELD_BYTES:
             outcome = self._hold(self._state, packed(piece))
         else:

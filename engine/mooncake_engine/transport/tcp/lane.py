@@ -65,7 +65,7 @@ class TcpLane(Lane):
             raise self._refusal(piece)
         try:
             try:
-                refusal = exchange.move(piece, deadline)
+                refusal = exchange.move(piece, deadline, hurry=self.hurry)
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 # The peer hung up. That is its death, or the end of a grant: of this slice's, or
                 # of the last slice's, whose bytes were here before its thread had noticed. Asking
@@ -73,7 +73,7 @@ class TcpLane(Lane):
                 if self._interrupted:
                     raise
                 self._reopen()
-                refusal = self._exchange.move(piece, deadline)
+                refusal = self._exchange.move(piece, deadline, hurry=self.hurry)
         except (OSError, EOFError, DeadlinePassed, wire.Malformed, LaneError) as failure:
             # Nobody knows where the next frame starts; what still arrives must find no lane.
             self._give_up()

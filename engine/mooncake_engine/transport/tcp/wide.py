@@ -43,10 +43,10 @@ class WideExchange(Exchange):
         self._over = False
 
     @override
-    def move(self, piece: Slice, deadline: float) -> str:
+    def move(self, piece: Slice, deadline: float, *, hurry: bool) -> str:
         if self._over:
             raise EOFError
-        outcome = self._team.run(piece, deadline)
+        outcome = self._team.run(piece, deadline, hurry=hurry)
         if not outcome:
             return ""
         self._over = True
