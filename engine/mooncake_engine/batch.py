@@ -91,6 +91,7 @@ class Batch:
 
     __slots__ = (
         *("plan", "op", "path", "progress", "nbytes", "submitted", "deadline", "first_taken"),
+        "moved_at",
         *("_stop", "_on_end", "_completion", "_callbacks", "_ended", "__weakref__"),
     )
 
@@ -111,6 +112,7 @@ class Batch:
         self.submitted = time.monotonic()
         self.deadline = self.submitted + timeout
         self.first_taken: float | None = None  # monotonic second; set by the worker
+        self.moved_at = 0.0  # ditto, when the last of its slices had been moved
         self._stop = stop
         self._on_end = on_end
         # Guarded by _ENDING:
@@ -203,7 +205,7 @@ class Batch:
 
     def finish(self, failure: Failure | None) -> None:
         """End the batch. Called once, by whoever `Progress` (or an empty submit) told to."""
-        now = time.monotonic()
+        now = self.moved_at or time.monotonic()
         completion = Completion(
             status=failure.status if failure else Status.OK,
             error=failure.error if failure else "",

@@ -69,7 +69,7 @@ class LentLane(Lane):
         if self._lane is not None:
             self._lane.hurry = self.hurry
             self._lane.move(piece, deadline)
-            self.path = self._lane.path
+            self.path, self.moved_at = self._lane.path, self._lane.moved_at
         else:
             self._move_by_the_other(piece, deadline)
 
@@ -101,6 +101,7 @@ class LentLane(Lane):
                 lane.interrupt()
 
     def _move_by_the_other(self, piece: Slice, deadline: float) -> None:
+        self.moved_at = 0.0
         link = self._other.link
         runs = slicing.Runs(piece.local, piece.remote, piece.lengths)
         how = piece.grant, link.slice_bytes, link.slice_runs, link.lanes

@@ -213,6 +213,7 @@ class FailoverLane(Lane):
             lane = self._first or self._first_lane()
             lane.hurry = self.hurry
             lane.move(piece, deadline)
+            self.moved_at = lane.moved_at
         except PathLost as lost:
             self._move_around(piece, deadline, lost)
         else:
@@ -251,6 +252,7 @@ class FailoverLane(Lane):
         if piece.op not in route.capabilities.ops:
             raise PathLost(f"{reason}; and {scheme} cannot {piece.op}") from lost
         self.path = Path(scheme, reason)
+        self.moved_at = 0.0
         self._detour.taken(self.path)
         try:
             for part in _cut(piece, route.link):

@@ -117,7 +117,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         descriptors: Runs as submitted.
         runs: Runs after merging neighbours on both sides.
         queued_s: From submit to the first slice taken by a lane.
-        total_s: From submit to completion.
+        total_s: From submit until the last byte was in place. Who hears of it may have had to wait
+            for the interpreter lock after that.
     """
 
     status: Status

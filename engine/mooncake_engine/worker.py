@@ -260,6 +260,7 @@ class LinkWorker:
         hand.batch = None
         if hand.lane is not None:
             batch.path = hand.lane.path or batch.path
+            batch.moved_at = max(batch.moved_at, hand.lane.moved_at or time.monotonic())
         if failure is not None:
             # Only a refusal leaves both ends of a lane in step; after the rest it is unusable.
             hand.spent |= failure.status is not Status.REFUSED

@@ -100,11 +100,13 @@ class Initiator(abc.ABC):
         """Reach the target; its time is part of the first contact."""
 
     @abc.abstractmethod
-    def prepare(self, transfer: Transfer) -> Callable[[], None]:
+    def prepare(self, transfer: Transfer) -> Callable[[], float | None]:
         """Do what the engine permits to do once for many runs of the same transfer.
 
         Called once by each thread that measures, on that thread. Returns a function that moves
-        the bytes once and returns when all are in place, or raises `BackendFailed`.
+        the bytes once and returns when all are in place, or raises `BackendFailed`. It may return
+        the seconds from its call until then by the engine's own clock, which does not run on while
+        the caller waits for the interpreter lock.
 
         The function may have two attributes: `many(count)` moves them so many times and returns
         the seconds of each run as float64 (a loop in C that takes the time itself); `close()`,

@@ -114,9 +114,13 @@ class Seconds(Message, frozen=True, kw_only=True):
 
 
 class Measured(Message, frozen=True, kw_only=True):
-    """Seconds of each run, of all threads, as float64; from the first start to the last end."""
+    """Seconds of each run, of all threads, as float64; from the first start to the last end.
+
+    `in_place`: by the engine's own clock; empty where it has none.
+    """
 
     samples: bytes
+    in_place: bytes
     wall_s: float
     cpu_s: float
     nbytes: int  # moved in that time

@@ -35,6 +35,7 @@ class Reading(NamedTuple):
     """What one measurement gave."""
 
     samples: NDArray[np.float64]  # seconds of each run, all threads
+    in_place: NDArray[np.float64]  # ditto, by the engine's own clock; empty where it has none
     wall_s: float
     nbytes: int  # moved in that time
     initiator_cpu_s: float
@@ -149,6 +150,7 @@ class Pair:
         after = self.target.ask(messages.Clock(), messages.Seconds).value
         return Reading(
             np.frombuffer(measured.samples),
+            np.frombuffer(measured.in_place) if measured.in_place else np.empty(0),
             measured.wall_s,
             measured.nbytes,
             measured.cpu_s,

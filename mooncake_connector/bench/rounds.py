@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import msgspec
+import numpy as np
 
 from mooncake_connector.bench.base import BackendFailed
 from mooncake_connector.bench.load import is_valid, other_load, sample
@@ -186,6 +187,7 @@ class _Run:
             run_bytes=workload.run_bytes,
             threads=len(workload.work),
             latencies=latencies(reading.samples),
+            in_place_p50=float(np.median(reading.in_place)) if reading.in_place.size else 0.0,
             wall_s=reading.wall_s,
             gb_per_s=gigabytes / reading.wall_s,
             initiator_cpu_s_per_gb=reading.initiator_cpu_s / gigabytes,

@@ -121,6 +121,7 @@ class Side:
         return messages.Measured(
             cpu_s=self._cpu_s() - spent,
             samples=np.concatenate([each.samples for each in timed]).tobytes(),
+            in_place=np.concatenate([each.in_place for each in timed]).tobytes(),
             wall_s=max(each.ended for each in timed) - min(each.started for each in timed),
             nbytes=sum(each.nbytes for each in timed),
         )

@@ -29,6 +29,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
         round: From 0; a turn that was not valid is taken again in the same round.
         run_bytes: Of one run of one thread.
         latencies: Of single runs, in seconds.
+        in_place_p50: The median run until its last byte was in place, by the engine's own clock,
+            which stops before the caller waits for the interpreter lock; 0 where it has none.
         wall_s: From the first start to the last end.
         gb_per_s: 10**9 bytes, all threads, over `wall_s`.
         initiator_cpu_s_per_gb: User and system, all threads of the process.
@@ -45,6 +47,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     run_bytes: int
     threads: int
     latencies: Latencies
+    in_place_p50: float = 0.0
     wall_s: float
     gb_per_s: float
     initiator_cpu_s_per_gb: float
@@ -97,6 +100,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 def seconds(turn: Turn) -> float:
     """What most verdicts are about: the median run."""
     return turn.latencies.p50
+
+
+def in_place(turn: Turn) -> float:
+    """The median run by the engine's own clock, where it has one."""
+    return turn.in_place_p50 or turn.latencies.p50
 
 
 def bandwidth(turn: Turn) -> float:

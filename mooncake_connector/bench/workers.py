@@ -37,6 +37,7 @@ class Timed(NamedTuple):
     started: float  # time.perf_counter()
     ended: float
     samples: NDArray[np.float64]  # seconds of each run, in order
+    in_place: NDArray[np.float64]  # ditto, by the engine's own clock; empty where it has none
     nbytes: int
 
 
@@ -47,7 +48,7 @@ class Workers:
         self._work = work
         # One executor for each thread: what was prepared on a thread is run on it.
         self._threads = [ThreadPoolExecutor(1, f"bench-{number}") for number in range(len(work))]
-        self._calls: list[list[Callable[[], None]]] = []
+        self._calls: list[list[Callable[[], float | None]]] = []
         try:
             self._calls = self._each(
                 lambda number: [initiator.prepare(transfer) for transfer in work[number]]
@@ -70,15 +71,15 @@ class Workers:
             started = time.perf_counter()
             many = getattr(calls[0], "many", None) if len(calls) == 1 else None
             if many is not None:
-                samples = _by_many(many, stop, started)
+                samples = in_place = _by_many(many, stop, started)
                 # Without what lies between the calls: programs that start, waits for the lock.
                 ended = started + float(samples.sum())
             else:
-                samples = _samples(calls, stop, started)
+                samples, in_place = _samples(calls, stop, started)
                 ended = time.perf_counter()
             rounds, rest = divmod(len(samples), len(sizes))
             moved = rounds * sum(sizes) + sum(sizes[:rest])
-            return Timed(started, ended, samples, moved)
+            return Timed(started, ended, samples, in_place, moved)
 
         return self._each(timed)
 
@@ -91,7 +92,7 @@ class Workers:
             thread.shutdown()
 
 
-def _release(calls: Iterable[Callable[[], None]]) -> None:
+def _release(calls: Iterable[object]) -> None:
     for call in calls:
         release = getattr(call, "close", None)
         if release is not None:
@@ -99,18 +100,20 @@ def _release(calls: Iterable[Callable[[], None]]) -> None:
 
 
 def _samples(
-    calls: Sequence[Callable[[], None]], stop: Stop, started: float
-) -> NDArray[np.float64]:
-    samples = array("d")
+    calls: Sequence[Callable[[], float | None]], stop: Stop, started: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    samples, in_place = array("d"), array("d")
     until = started + stop.seconds
     for call in itertools.cycle(calls):
         before = time.perf_counter()
-        call()
+        took = call()
         after = time.perf_counter()
         samples.append(after - before)
+        if took is not None:
+            in_place.append(took)
         if len(samples) == stop.runs or (not stop.runs and after >= until):
             break
-    return np.frombuffer(samples)
+    return np.frombuffer(samples), np.frombuffer(in_place) if in_place else np.empty(0)
 
 
 def _by_many(

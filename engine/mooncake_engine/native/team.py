@@ -26,7 +26,7 @@ _HELD_BYTES = 8 << 20
 _WAIT_NS = 100_000_000
 _MOST_NS = (1 << 63) - 1
 #: Each thread has about so many pieces to take, so that one whose core is busy takes fewer.
-_PIECES_EACH = 8
+_PIECES_EACH = 4
 _PAGE = 4096
 
 
@@ -63,6 +63,11 @@ class Team:
         self._interrupt = interrupt
         self._ended = np.zeros(1, np.int64)
         self._ended_at = address_of(self._ended)
+
+    @property
+    def ended(self) -> float:
+        """When the last run ended, `time.monotonic()`."""
+        return int(self._ended[0]) / 1e9
 
     @property
     def failed(self) -> int:

@@ -65,6 +65,9 @@ class Lane(abc.ABC):
     #: Set before `move` where the calling thread is a caller's, who does nothing but wait: then the
     #: interpreter lock may be held for a switch interval, if to give it up would cost as much.
     hurry: bool = False
+    #: `time.monotonic()` when the last byte of the slice last moved was in place, where a thread
+    #: without the interpreter lock looked at the clock; 0: when `move` returned.
+    moved_at: float = 0.0
 
     @abc.abstractmethod
     def move(self, piece: Slice, deadline: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -123,20 +123,21 @@ class Initiator(base.Initiator):
         self._far = int(address["memory"])
 
     @override
-    def prepare(self, transfer: Transfer) -> Callable[[], None]:
+    def prepare(self, transfer: Transfer) -> Callable[[], float]:
         assert self._segment is not None, "connect comes first"
         segment, op, lengths = self._segment, transfer.op, transfer.lengths
         local, remote = transfer.local + self._base, transfer.remote + self._far
-        if self._prepares:
-            move = self._engine.prepare(op, segment, local, remote, lengths).transfer
-        else:
-            anew = self._engine.transfer
-            move = functools.partial(anew, op, segment, local, remote, lengths)
+        engine = self._engine
+        once = engine.prepare(op, segment, local, remote, lengths) if self._prepares else None
 
-        def run() -> None:
-            end = move()
+        def run() -> float:
+            began = time.monotonic()
+            prepared = once or engine.prepare(op, segment, local, remote, lengths)
+            planned = time.monotonic() - began
+            end = prepared.transfer()
             if not end.ok:
                 raise BackendFailed(f"{op} of {end.nbytes} bytes: {end.status}: {end.error}")
+            return planned + end.total_s
 
         return run
 

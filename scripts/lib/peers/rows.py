@@ -31,6 +31,7 @@ class Kind(enum.StrEnum):
     """What a goal compares. `than` of each is said in `verdicts.py`."""
 
     FASTER = "times as fast"
+    IN_PLACE = "times as fast, to the last byte"
     CPU = "CPU s/GB"
     P50 = "p50 against quiet"
     P99 = "p99 against quiet p50"
@@ -47,7 +48,7 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
             same.
         without: Variants whose names have this in them are not meant.
         beside: Workload to compare with, for P50, P99 and DROP.
-        bound: At least so much for FASTER and DROP, at most for the others.
+        bound: At least so much for FASTER, IN_PLACE and DROP, at most for the others.
     """
 
     workload: str
@@ -271,8 +272,17 @@ def _busy_python(route: Route) -> Group:
     shapes = ((2048, 128 * KIB), (2048, 4 * KIB), (1, 4 * KIB))
     limit, names = ("sockets", SOCKETS) if route is Route.TCP else ("memcpy", "process_vm in C")
     busy = [w for shape in shapes for w in _both(*shape, BUSY)]
+    # The C loop takes the time itself and so knows nothing of the interpreter lock; nor does the
+    # moment at which our last byte is in place. The caller waits up to a switch interval longer.
     goals = [
-        Goal(workload=each.name, ours=OURS[route], against=(names,), bound=0.8) for each in busy
+        Goal(
+            workload=each.name,
+            ours=PREPARED[route],
+            kind=Kind.IN_PLACE,
+            against=(names,),
+            bound=0.8,
+        )
+        for each in busy
     ]
     return Group(
         key=f"busy-python-{'tcp' if route is Route.TCP else 'host'}",
@@ -281,7 +291,8 @@ def _busy_python(route: Route) -> Group:
         backends=("ours", limit),
         workloads=tuple(busy),
         goals=tuple(goals),
-        most=(OURS[route], names),
+        most=(PREPARED[route], names),
+        every_ours=True,
     )
 
 
@@ -294,13 +305,13 @@ def _run_lengths() -> Group:
 
     works = [workload(name(64 * MIB // size, size, "read"), one(size)) for size in sizes]
     goals = [
-        Goal(workload=each.name, ours=OURS[Route.TCP], against=(SOCKETS,), bound=0.95)
+        Goal(workload=each.name, ours=PREPARED[Route.TCP], against=(SOCKETS,), bound=0.95)
         for each in works[:-1]  # 1 MiB is there for the drop's sake
     ]
     drop = Goal(
         workload=works[1].name,
         beside=works[-1].name,
-        ours=OURS[Route.TCP],
+        ours=PREPARED[Route.TCP],
         kind=Kind.DROP,
         against=(SOCKETS,),
         bound=0.9,
@@ -313,4 +324,5 @@ def _run_lengths() -> Group:
         workloads=tuple(works),
         goals=(*goals, drop),
         most=(OURS[Route.TCP], SOCKETS),
+        every_ours=True,
     )

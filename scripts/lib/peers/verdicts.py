@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mooncake_connector.bench.turns import Outcome, Turn, cpu, seconds
+from mooncake_connector.bench.turns import Outcome, Turn, cpu, in_place, seconds
 from peers.rows import Goal, Group, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mooncake_connector.bench.base import Variant
 
@@ -102,7 +102,7 @@ def _with_counting_turns(outcome: Outcome) -> Outcome:
 
 
 def _judge(group: Group, goal: Goal, outcome: Outcome, limits: list[str]) -> Verdict:
-    at_least = goal.kind in (Kind.FASTER, Kind.DROP)
+    at_least = goal.kind in (Kind.FASTER, Kind.IN_PLACE, Kind.DROP)
     sign = ">=" if at_least else "<="
     if goal.kind is Kind.FASTER and goal.bound == 1.0:
         sign = ">"
@@ -121,7 +121,7 @@ def _judge(group: Group, goal: Goal, outcome: Outcome, limits: list[str]) -> Ver
     limit = best(outcome, goal.workload, limits)
     return msgspec.structs.replace(
         blank,
-        ours=_figure(outcome, goal.ours, goal.workload),
+        ours=_ours(goal, outcome),
         against=against,
         value=value,
         met=met,
@@ -145,11 +145,12 @@ def _value(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
             return busy / quiet, f"quiet {_time(quiet)}", ""
         case Kind.DROP:
             return _drop(goal, outcome)
-        case Kind.FASTER:
+        case Kind.FASTER | Kind.IN_PLACE:
             rival = best(outcome, goal.workload, _meant(goal, outcome))
             if not rival:
                 return None, "", _why(outcome, " or ".join(goal.against), goal.workload)
-            ratio = outcome.ratio(rival, goal.ours, goal.workload, seconds)
+            took = in_place if goal.kind is Kind.IN_PLACE else seconds
+            ratio = outcome.ratio(rival, goal.ours, goal.workload, took)
             shown = f"{rival} {_figure(outcome, rival, goal.workload)}"
             return ratio, shown, "" if ratio else "no round in which both are valid"
 
@@ -195,9 +196,20 @@ def _p99(turn: Turn) -> float:
     return turn.latencies.p99
 
 
-def _figure(outcome: Outcome, variant: str, workload: str) -> str:
+def _ours(goal: Goal, outcome: Outcome) -> str:
+    if goal.kind is not Kind.IN_PLACE:
+        return _figure(outcome, goal.ours, goal.workload)
+    known = outcome.median(goal.ours, goal.workload, seconds)
+    assert known is not None, "only of variants that have turns"
+    figure = _figure(outcome, goal.ours, goal.workload, in_place)
+    return f"{figure}; its caller goes on after {_time(known)}"
+
+
+def _figure(
+    outcome: Outcome, variant: str, workload: str, value: Callable[[Turn], float] = seconds
+) -> str:
     """GB/s of a large run, else its time."""
-    took = outcome.median(variant, workload, seconds)
+    took = outcome.median(variant, workload, value)
     assert took is not None, "only of variants that have turns"
     size = next(turn.run_bytes for turn in outcome.turns if turn.workload == workload)
     return f"{size / took / 1e9:.2f} GB/s" if size >= 1 << 20 else _time(took)

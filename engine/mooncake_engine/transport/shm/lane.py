@@ -142,7 +142,9 @@ class ShmLane(Lane):
         """False: nothing is known of the slice; go about it call by call."""
         if remote is not piece.remote:
             piece = Slice(piece.op, piece.local, remote, piece.lengths, piece.nbytes, b"")
-        return team.run(piece, deadline, hurry=self.hurry) == Outcome.DONE
+        done = team.run(piece, deadline, hurry=self.hurry) == Outcome.DONE
+        self.moved_at = team.ended if done else 0.0
+        return done
 
     def _check(self, piece: Slice, deadline: float) -> None:
         if self._interrupted:

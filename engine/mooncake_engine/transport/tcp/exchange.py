@@ -37,10 +37,12 @@ class Exchange(abc.ABC):
     Attributes:
         most_runs: Of one slice.
         most_bytes: Of one slice.
+        moved_at: `Lane.moved_at`.
     """
 
     most_runs: int = wire.MAX_RUNS
     most_bytes: int = wire.MAX_NBYTES
+    moved_at: float = 0.0
 
     @abc.abstractmethod
     def move(self, piece: Slice, deadline: float, *, hurry: bool) -> str:

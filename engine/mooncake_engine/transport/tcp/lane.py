@@ -86,6 +86,7 @@ class TcpLane(Lane):
             self._give_up()
             self._spent = "the thread that used it was interrupted"
             raise
+        self.moved_at = self._exchange.moved_at
         if refusal:
             raise self._error(Status.REFUSED, piece, f"the peer refused: {refusal}")
 

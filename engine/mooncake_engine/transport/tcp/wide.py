@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mooncake_engine.types import Slice
 
 #: A piece of less costs more to ask for than it gains.
-_LEAST_PIECE = 256 << 10
+_LEAST_PIECE = 512 << 10
 _TICK_S = 0.1  # members look at the clock so often while no byte moves
 
 
@@ -48,6 +48,7 @@ class WideExchange(Exchange):
             raise EOFError
         outcome = self._team.run(piece, deadline, hurry=hurry)
         if not outcome:
+            self.moved_at = self._team.ended
             return ""
         self._over = True
         if outcome != Outcome.HANDED:
