@@ -25,15 +25,15 @@ from mooncake_engine.errors import (
 from mooncake_engine.inflight import InFlight
 from mooncake_engine.stats import Counters
 from mooncake_engine.types import Completion, Status
+from mooncake_engine.worker import Moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mooncake_engine.batch import Failure
     from mooncake_engine.memory import Bounds, RegionTable
     from mooncake_engine.segment import Segment
     from mooncake_engine.stats import Key, Totals
-    from mooncake_engine.types import Op, Path, SegmentRecord, Slice
+    from mooncake_engine.types import Op, SegmentRecord, Slice
 
 
 class Office:
@@ -171,7 +171,7 @@ class PreparedTransfer:
         with self._office.inflight.lock:
             if self._has_changed(timeout) or not move(piece):
                 return None
-            return self._ended(began, None, None)
+            return self._ended(began, Moved(None, None, time.monotonic()))
 
     def _by_lane(self, piece: Slice, timeout: float | None) -> Completion | None:
         """By an idle lane, which looks at the deadline itself."""
@@ -184,11 +184,11 @@ class PreparedTransfer:
             inflight.enter(self)
         try:
             deadline = began + (self._office.timeout_s if timeout is None else timeout)
-            failure, path = self._worker.move_alone(hand, piece, deadline)
+            moved = self._worker.move_alone(hand, piece, deadline)
         finally:
             inflight.leave(self)
         with inflight.lock:
-            return self._ended(began, failure, path)
+            return self._ended(began, moved)
 
     def _has_changed(self, timeout: float | None) -> bool:
         """What the long way looks at, and says what is wrong with it."""
@@ -200,9 +200,9 @@ class PreparedTransfer:
             or (timeout is not None and not 0 < timeout < threading.TIMEOUT_MAX)
         )
 
-    def _ended(self, began: float, failure: Failure | None, path: Path | None) -> Completion:
+    def _ended(self, began: float, moved: Moved) -> Completion:
         """With the lock of `inflight`, which also guards the tallies."""
-        plan = self.plan
+        plan, (failure, path, ended) = self.plan, moved
         end = Completion(
             status=failure.status if failure else Status.OK,
             error=failure.error if failure else "",
@@ -211,7 +211,7 @@ class PreparedTransfer:
             descriptors=plan.descriptors,
             runs=self._runs,
             queued_s=0.0,
-            total_s=time.monotonic() - began,
+            total_s=ended - began,
         )
         if failure or path:
             self._office.count(plan.op, end)

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mooncake_engine.batch import Failure
 from mooncake_engine.errors import LaneError
@@ -38,6 +38,14 @@ JOIN_S = 10.0
 HIRE_AGAIN_S = 5.0
 
 _INTERRUPTED = Failure(Status.CANCELLED, "the caller was interrupted")
+
+
+class Moved(NamedTuple):
+    """What became of a slice that was no batch's."""
+
+    failure: Failure | None
+    path: Path | None  # `Lane.path`
+    at: float  # when its last byte was in place, `time.monotonic()`
 
 
 class LinkWorker:
@@ -97,27 +105,22 @@ class LinkWorker:
                 hand.alone = True
             return hand
 
-    def move_alone(
-        self, hand: Hand, piece: Slice, deadline: float
-    ) -> tuple[Failure | None, Path | None]:
-        """Move the slice on the calling thread and give the lane back.
-
-        Returns how it failed, if it did, and the lane's `path`.
-        """
+    def move_alone(self, hand: Hand, piece: Slice, deadline: float) -> Moved:
+        """Move the slice on the calling thread and give the lane back."""
         failure: Failure | None = _INTERRUPTED
-        path: Path | None = None
+        path, moved_at = None, 0.0
         try:
             failure = self._move(hand, piece, deadline)
         finally:  # also when a signal's handler raises: by then the lane has let go
             with self._lock:
                 hand.alone = False
                 if hand.lane is not None:
-                    path = hand.lane.path
+                    path, moved_at = hand.lane.path, hand.lane.moved_at
                 if failure is not None:
                     failure = self.closed or failure
                     hand.spent |= failure.status is not Status.REFUSED
                 self._give_back(hand)
-        return failure, path
+        return Moved(failure, path, moved_at or time.monotonic())
 
     def stop(self, batch: Batch, failure: Failure) -> None:
         """End a batch early: drop what waits, interrupt the lanes that move its slices.
