@@ -182,7 +182,7 @@ class TransferEngine:
         with self._changing:
             self._regions.add(region)
             try:
-                for transport in self.transports.values():
+                for transport in sorted(self.transports.values(), key=_pages_last):
                     transport.register(region)
                     reached.append(transport)
                 self._publish()
@@ -367,6 +367,11 @@ class TransferEngine:
     def statistics(self) -> dict[Key, Totals]:
         """Sums over ended batches by (scheme, op, status)."""
         return self._office.statistics()
+
+
+def _pages_last(transport: Transport) -> bool:
+    """Sorts those who put other pages under a region before those who may pin them."""
+    return not transport.capabilities.exchanges_pages
 
 
 def _unregister(region: Region, transports: Iterable[Transport]) -> None:

@@ -47,6 +47,7 @@ def touched_pages(nbytes: int) -> NDArray[np.uint8]:
 
     Plain pages, as a framework's allocator gives for a KV cache on a CPU.
     """
-    memory = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = np.frombuffer(pages, np.uint8)
     memory[:: mmap.PAGESIZE] = 1
     return memory

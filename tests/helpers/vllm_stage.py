@@ -88,7 +88,12 @@ class Stage(ServerStage):
 
     def _transfer(self, role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         # "debug": when a read begins is in the log, and nowhere else that a test could look.
-        common = {"testing": True, "log_level": "debug", "engine.metadata.lease_ttl_s": LEASE_TTL_S}
+        common = {
+            "testing": True,
+            "log_level": "debug",
+            "engine.metadata.lease_ttl_s": LEASE_TTL_S,
+            "engine.shm.share_registered": True,  # the cache changes its pages, and no token
+        }
         return connector(role, self.etcd.address, common | settings) | RECORDER
 
     def _vllm(self, name: str, transfer: Mapping[str, Any] | None = None, *flags: str) -> Server:

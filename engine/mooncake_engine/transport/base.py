@@ -54,6 +54,8 @@ class Capabilities(msgspec.Struct, frozen=True):
 
     ops: frozenset[Op] = frozenset({Op.READ, Op.WRITE})
     same_machine_only: bool = False
+    #: Does `register` put other pages under a region? Then it comes before whoever pins them.
+    exchanges_pages: bool = False
     device_memory: bool = False  # can it read and write memory of location "cuda:N"?
 
 

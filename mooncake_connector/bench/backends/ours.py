@@ -33,7 +33,7 @@ def missing() -> str:
 
 
 def variants(route: Route) -> tuple[Variant, ...]:
-    """Each transfer anew, as the connector moves pages; prepared once; for tcp without C, too."""
+    """Each transfer anew, as the connector moves pages; prepared once; and the route's own."""
     protocol = _PROTOCOLS[route]
     if route is Route.RDMA and not topology.discover().nics:
         return ()
@@ -46,15 +46,14 @@ def variants(route: Route) -> tuple[Variant, ...]:
         route=route,
         options={"protocol": protocol, "prepared": "true"},
     )
-    if route is not Route.TCP:
+    own = {
+        Route.TCP: {"name": "ours tcp, pure Python", "native": "false"},
+        Route.SAME_HOST: {"name": "ours shm, shared pages", "prepared": "true", "share": "true"},
+    }.get(route)
+    if own is None:
         return named, prepared
-    plain = Variant(
-        backend="ours",
-        name="ours tcp, pure Python",
-        route=route,
-        options={"protocol": protocol, "native": "false"},
-    )
-    return named, prepared, plain
+    name, options = own.pop("name"), {"protocol": protocol, **own}
+    return named, prepared, Variant(backend="ours", name=name, route=route, options=options)
 
 
 def configuration(options: Mapping[str, str]) -> EngineConfig:
@@ -63,7 +62,7 @@ def configuration(options: Mapping[str, str]) -> EngineConfig:
     Args:
         options: `protocol` (auto: whatever the engine chooses), `host`, `metadata_server` (as in
             mooncake.json; p2p without), `device_name` (rdma, comma list), `lanes` (tcp, threads of
-            shm), `native` (tcp). `prepared` is for the initiator.
+            shm), `native` (tcp), `share` (shm). `prepared` is for the initiator.
     """
     protocol = options.get("protocol", "auto")
     lanes = {"lanes_per_peer": int(options["lanes"])} if "lanes" in options else {}
@@ -81,7 +80,7 @@ def configuration(options: Mapping[str, str]) -> EngineConfig:
             "host": options.get("host", "127.0.0.1"),
             "metadata": metadata,
             "tcp": _ANY_PORT | lanes | native,
-            "shm": threads,
+            "shm": threads | {"share_registered": options.get("share") == "true"},
             "rdma": _ANY_PORT | {"devices": devices},
         },
         EngineConfig,

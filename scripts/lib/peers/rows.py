@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 OURS = {Route.TCP: "ours tcp", Route.SAME_HOST: "ours shm"}
 #: What stands beside peers whose lists are prepared once, too.
 PREPARED = {route: f"{name}, prepared" for route, name in OURS.items()}
+#: With `shm.share_registered`, which is ours to set as peers have their best settings.
+SHARED = "ours shm, shared pages"
 SOCKETS, MEMCPY = "C sockets", "memcpy in C"
 NIXL, MOONCAKE = "NIXL", "Mooncake tcp"
 PEERS = ("mooncake", "nixl", "ucx", "zmq", "gloo")
@@ -145,6 +147,7 @@ def _ops(
     route: Route,
     bounds: tuple[float, float],
     *against: str,
+    ours: str = "",
     without: str = "",
     kind: Kind = Kind.FASTER,
 ) -> list[Goal]:
@@ -152,7 +155,7 @@ def _ops(
     return [
         Goal(
             workload=name(count, size, op),
-            ours=PREPARED[route],
+            ours=ours or PREPARED[route],
             kind=kind,
             against=against,
             without=without,
@@ -186,9 +189,15 @@ def _large() -> Iterable[Group]:
         backends=("ours", *PEERS, "memcpy"),
         workloads=_both(*shape),
         goals=(
-            *_ops(*shape, host, (0.9, 0.9), "memcpy in C, 2"),
-            *_ops(*shape, host, (1.8, 1.8), NIXL),
-            *_ops(*shape, host, (0.3, 0.3), kind=Kind.CPU),
+            *(
+                goal
+                for ours in (SHARED, PREPARED[host])
+                for goal in (
+                    *_ops(*shape, host, (0.9, 0.9), "memcpy in C, 2", ours=ours),
+                    *_ops(*shape, host, (1.8, 1.8), NIXL, ours=ours),
+                    *_ops(*shape, host, (0.3, 0.3), kind=Kind.CPU, ours=ours),
+                )
+            ),
         ),
         turn_s=0.5,
         every_ours=True,

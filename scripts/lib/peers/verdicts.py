@@ -197,12 +197,13 @@ def _p99(turn: Turn) -> float:
 
 
 def _ours(goal: Goal, outcome: Outcome) -> str:
+    settings = goal.ours.partition(", ")[1:]
     if goal.kind is not Kind.IN_PLACE:
-        return _figure(outcome, goal.ours, goal.workload)
+        return "".join([_figure(outcome, goal.ours, goal.workload), *settings])
     known = outcome.median(goal.ours, goal.workload, seconds)
     assert known is not None, "only of variants that have turns"
     figure = _figure(outcome, goal.ours, goal.workload, in_place)
-    return f"{figure}; its caller goes on after {_time(known)}"
+    return "".join([figure, *settings, f"; its caller goes on after {_time(known)}"])
 
 
 def _figure(

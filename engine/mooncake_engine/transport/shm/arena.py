@@ -1,4 +1,4 @@
-"""Memory that the engine allocates so that peers of this machine can map it.
+"""Memory that peers of this machine can map: allocated by the engine, or shared when registered.
 
 A memfd has no name in /dev/shm that a killed process would leave behind. Peers get its
 descriptor over an abstract unix socket, which needs no permission to ptrace.
@@ -29,9 +29,11 @@ from mooncake_engine.errors import EngineError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from mooncake_engine.transport.shm.shared_pages import SharedPages
+
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MESSAGE_BYTES = 64 << 10  # bound of one message either way; an offer of FDS_PER_OFFER takes 2 KiB
 FDS_PER_OFFER = 64  # the kernel passes at most 253 (SCM_MAX_FD) in one message
 MAX_READERS = 1024  # each costs one descriptor
@@ -51,6 +53,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     proof: bytes
     arenas: tuple[tuple[int, int], ...]  # (address in the target, bytes)
     more: bool  # another offer follows at once
+    withdrawn: tuple[int, ...] = ()  # addresses offered before that mean nothing any more
 
 
 def proof(nonce: bytes, side: bytes) -> bytes:
@@ -71,10 +74,8 @@ class Arena:
                 f"cannot allocate {length} bytes of shared memory: this machine has {free} to "
                 "give; ask for less"
             )
-        self.fd = os.memfd_create("mooncake-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = memory_file(total)
         try:
-            os.ftruncate(self.fd, total)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)  # a reader can trust the size
             mapping = mmap.mmap(self.fd, total)
         except BaseException:
             os.close(self.fd)
@@ -83,12 +84,16 @@ class Arena:
         self.address: int = self.array.__array_interface__["data"][0]
         self.length = length
 
+    def close(self) -> None:
+        """Offer it no longer. Once."""
+        os.close(self.fd)
+
 
 class ArenaServer:
     """Allocates arenas and hands their descriptors to readers, also those allocated later.
 
-    An arena lives until `close`: were its address given to another one before, a reader would
-    copy from the old.
+    An arena lives until `close`. Pages that were shared are withdrawn before their address can
+    mean others: a reader that copied from the old ones finds the message when it has done so.
     """
 
     def __init__(self, name: str, nonce: bytes, hello_timeout_s: float, any_user: bool) -> None:
@@ -99,8 +104,9 @@ class ArenaServer:
         self._nonce = nonce
         self._hello_timeout_s = hello_timeout_s
         self._any_user = any_user
-        self._lock = threading.Lock()  # guards _arenas, _readers and their order: none is missed
-        self._arenas: list[Arena] = []
+        self._lock = threading.Lock()  # guards the next three and their order: none is missed
+        self._arenas: list[Arena | SharedPages] = []
+        self._shared: dict[int, SharedPages] = {}  # of them, by their region's address
         self._readers: set[socket.socket] = set()
         self._waiting: dict[socket.socket, float] = {}  # until when to say hello; thread's own
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -124,10 +130,36 @@ class ArenaServer:
         """
         arena = Arena(length)
         with self._lock:
-            self._arenas.append(arena)
-            for reader in self._readers:
-                self._offer(reader, [arena])
+            self._add(arena)
         return arena.array
+
+    def has(self, address: int) -> bool:
+        """Does it lie in memory that this server offers?"""
+        with self._lock:
+            return any(0 <= address - each.address < each.length for each in self._arenas)
+
+    def share(self, address: int, pages: SharedPages) -> None:
+        """Offer the pages of the region at `address`; each reader has been told on return."""
+        with self._lock:
+            self._shared[address] = pages
+            self._add(pages)
+
+    def withdraw(self, address: int) -> None:
+        """Give the process the region's pages back, if they were shared."""
+        with self._lock:
+            pages = self._shared.pop(address, None)
+            if pages is None:
+                return
+            self._arenas.remove(pages)
+            said = Offer(proof(self._nonce, b"target"), (), more=False, withdrawn=(pages.address,))
+            for reader in self._readers:
+                self._send(reader, said, [])
+        pages.close()
+
+    def _add(self, arena: Arena | SharedPages) -> None:
+        self._arenas.append(arena)
+        for reader in self._readers:
+            self._offer(reader, [arena])
 
     def close(self) -> None:
         """Let the readers go (they see PEER_GONE) and give back the descriptors. Idempotent."""
@@ -138,11 +170,10 @@ class ArenaServer:
         self._thread.join()  # it never blocks but in select, which the eventfd ends
         os.close(self._wake)
         for arena in self._arenas:
-            os.close(arena.fd)
+            arena.close()
         self._arenas.clear()
 
-    def _offer(self, reader: socket.socket, arenas: list[Arena]) -> None:
-        """Send without waiting. A reader that does not take its messages loses its connection."""
+    def _offer(self, reader: socket.socket, arenas: list[Arena | SharedPages]) -> None:
         for start in range(0, max(len(arenas), 1), FDS_PER_OFFER):
             part = arenas[start : start + FDS_PER_OFFER]
             offer = Offer(
@@ -150,20 +181,26 @@ class ArenaServer:
                 tuple((arena.address, arena.length) for arena in part),
                 more=start + FDS_PER_OFFER < len(arenas),
             )
-            fds = array.array("i", [arena.fd for arena in part])
-            try:
-                # Not socket.send_fds, which drops its flags (CPython 3.11 to 3.13).
-                reader.sendmsg(
-                    [msgspec.msgpack.encode(offer)],
-                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)],
-                    socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
-                )
-            except OSError as error:
-                # As text: a kept log record would keep the frame, and that the arena.
-                logger.warning("a reader of shared memory is dropped: %s", str(error))
-                with contextlib.suppress(OSError):  # it may be gone already
-                    reader.shutdown(socket.SHUT_RDWR)  # the thread sees it and closes it
+            if not self._send(reader, offer, [arena.fd for arena in part]):
                 return
+
+    def _send(self, reader: socket.socket, offer: Offer, fds: list[int]) -> bool:
+        """Send without waiting. A reader that does not take its messages loses its connection."""
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        try:
+            # Not socket.send_fds, which drops its flags (CPython 3.11 to 3.13).
+            reader.sendmsg(
+                [msgspec.msgpack.encode(offer)],
+                [rights] if fds else [],
+                socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+            )
+        except OSError as error:
+            # As text: a kept log record would keep the frame, and that the arena.
+            logger.warning("a reader of shared memory is dropped: %s", str(error))
+            with contextlib.suppress(OSError):  # it may be gone already
+                reader.shutdown(socket.SHUT_RDWR)  # the thread sees it and closes it
+            return False
+        return True
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -247,6 +284,18 @@ class ArenaServer:
         with self._lock:
             self._readers.discard(sock)
         sock.close()
+
+
+def memory_file(length: int) -> int:
+    """A memfd of so many bytes, sealed so that a reader can trust its size."""
+    fd = os.memfd_create("mooncake-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, length)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def available_bytes() -> int:

@@ -54,6 +54,8 @@ class ArenaReader:
         self._proof = proof(nonce, b"target")
         self._lock = threading.Lock()  # guards all below
         self._maps: dict[int, tuple[int, int, mmap.mmap]] = {}  # theirs: (length, ours, mapping)
+        self._retired: list[mmap.mmap] = []  # withdrawn, but perhaps a slice is copying from it
+        self._generation = 0
         self._index()
         self._gone = ""
         self._users = 0
@@ -130,7 +132,11 @@ class ArenaReader:
                 self._receive()
 
     def _receive(self) -> bool:
-        """Take one offer; True when the next follows at once. `BlockingIOError`: none there."""
+        """Take one offer; True when the next follows at once. `BlockingIOError`: none there.
+
+        Under the lock, so that whoever finds the socket empty and asks for the generation after
+        that cannot miss what another thread has just taken out of it.
+        """
         # Not socket.recv_fds, which drops its flags (CPython 3.11 to 3.13).
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         fds = array.array("i")
@@ -153,9 +159,12 @@ class ArenaReader:
             offer = msgspec.msgpack.decode(message, type=Offer)
             if offer.proof != self._proof or len(offer.arenas) != len(fds):
                 raise ValueError("not the peer that published this endpoint")
+            for address in offer.withdrawn:
+                self._retired.append(self._maps.pop(address)[2])
+                self._generation += 1
             for (address, length), fd in zip(offer.arenas, fds, strict=True):
                 self._map(address, length, fd)
-        except (msgspec.DecodeError, OSError, ValueError, OverflowError) as error:
+        except (msgspec.DecodeError, OSError, LookupError, ValueError, OverflowError) as error:
             self._gone = f"its offer of shared memory cannot be used ({error})"
             return False
         finally:
@@ -174,6 +183,15 @@ class ArenaReader:
         ours = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._maps[address] = (length, ours, mapping)
 
+    def generation(self) -> int:
+        """Another number once memory was withdrawn: what `locate` said before may be untrue.
+
+        A slice that was copied between two looks at the same number, and then confirmed before
+        the second, came from what the peer still offered when the slice began.
+        """
+        with self._lock:
+            return self._generation
+
     def _index(self) -> None:
         """Arrays for `locate`, sorted by the peer's addresses."""
         known = sorted((theirs, length, ours) for theirs, (length, ours, _) in self._maps.items())
@@ -187,8 +205,10 @@ class ArenaReader:
         """Where the peer's runs are mapped here.
 
         Raises:
-            LaneError: REFUSED when a run lies outside the arenas.
+            LaneError: REFUSED when a run lies outside the arenas; PEER_GONE.
         """
+        if self._gone:
+            raise LaneError(Status.PEER_GONE, f"{self._peer} is gone: {self._gone}")
         located, outside = self._look_up(addresses, lengths)
         if outside.any():
             self.learn()  # the peer told us of an arena before it told anybody of the region
@@ -198,8 +218,9 @@ class ArenaReader:
             raise LaneError(
                 Status.REFUSED,
                 f"{int(lengths[bad])} bytes at {int(addresses[bad]):#x} lie outside the memory "
-                f"that the engine of {self._peer} allocated, and only that can be reached "
-                "without process_vm_readv; allocate it with TransferEngine.allocate, or use tcp",
+                f"that the engine of {self._peer} allocated or shared, and only that can be "
+                "reached without process_vm_readv; allocate it with TransferEngine.allocate, or "
+                "use tcp",
             )
         return located
 
@@ -244,7 +265,12 @@ class ArenaReader:
             self._release_if_done()
 
     def _release_if_done(self) -> None:
-        if not self._closed or self._users:
+        if self._users:
+            return
+        for mapping in self._retired:
+            mapping.close()
+        self._retired.clear()
+        if not self._closed:
             return
         self._socket.close()
         if self._pidfd >= 0:

@@ -44,6 +44,10 @@ class Way(abc.ABC):
     def locate(self, addresses: Uint64s, lengths: Uint64s) -> Uint64s:
         """The peer's addresses as addresses of `pid`. `LaneError` REFUSED: unreachable."""
 
+    def generation(self) -> int:
+        """Another number once `locate` may say otherwise than it did."""
+        return 0
+
     @abc.abstractmethod
     def copy(self, op: Op, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
         """Move at least one byte and at most `nbytes`; returns how many. Raises `OSError`."""
@@ -98,6 +102,10 @@ class ByMapping(Way):
         return self._reader.locate(addresses, lengths)
 
     @override
+    def generation(self) -> int:
+        return self._reader.generation()
+
+    @override
     def copy(self, op: Op, local: Iovecs, remote: Iovecs, nbytes: int) -> int:
         if self._by_kernel:
             return process_vm.copy(op, self.pid, local, remote, nbytes)
@@ -122,21 +130,29 @@ class ShmLane(Lane):
     def move(self, piece: Slice, deadline: float) -> None:
         with self._way.held():
             self._check(piece, deadline)
+            generation = self._way.generation()
             remote = self._way.locate(piece.remote, piece.lengths)
-            if self._team and self._is_moved_by(self._team, piece, remote, deadline):
-                return
-            if piece.op is Op.WRITE:
-                self._way.confirm()  # a pid that was given away must not be written to
-            runs = Runs(piece.local, remote, piece.lengths, piece.nbytes)
-            done = 0
-            while done < runs.nbytes:
-                self._check(piece, deadline)
-                try:
-                    done += self._way.copy(piece.op, *runs.window(done), runs.nbytes - done)
-                except OSError as error:
-                    raise self._fault(piece.op, runs, done, error) from error
-                # Like a seqlock: the peer is still there, so it was there for what was copied.
-                self._way.confirm()  # 2 us a call of up to 32 MiB
+            moved = self._team and self._is_moved_by(self._team, piece, remote, deadline)
+            while not moved or self._way.generation() != generation:
+                generation = self._way.generation()
+                self._move_by_calls(piece, deadline)
+                moved = True
+
+    def _move_by_calls(self, piece: Slice, deadline: float) -> None:
+        self.moved_at = 0.0
+        if piece.op is Op.WRITE:
+            self._way.confirm()  # a pid that was given away must not be written to
+        remote = self._way.locate(piece.remote, piece.lengths)
+        runs = Runs(piece.local, remote, piece.lengths, piece.nbytes)
+        done = 0
+        while done < runs.nbytes:
+            self._check(piece, deadline)
+            try:
+                done += self._way.copy(piece.op, *runs.window(done), runs.nbytes - done)
+            except OSError as error:
+                raise self._fault(piece.op, runs, done, error) from error
+            # Like a seqlock: the peer is still there, so it was there for what was copied.
+            self._way.confirm()  # 2 us a call of up to 32 MiB
 
     def _is_moved_by(self, team: Team, piece: Slice, remote: Uint64s, deadline: float) -> bool:
         """False: nothing is known of the slice; go about it call by call."""
@@ -183,3 +199,35 @@ class ShmLane(Lane):
     def close(self) -> None:
         if self._team:
             self._team.close()
+
+
+class MappedFirst(Lane):
+    """Moves a slice over our mapping of the peer's memory where that holds it, else by pid."""
+
+    def __init__(self, mapped: ShmLane, by_pid: ShmLane) -> None:
+        self._mapped = mapped
+        self._by_pid = by_pid
+
+    @override
+    def move(self, piece: Slice, deadline: float) -> None:
+        try:
+            self._move_by(self._mapped, piece, deadline)
+        except LaneError as failure:
+            if failure.status not in (Status.REFUSED, Status.PEER_GONE):
+                raise
+            self._move_by(self._by_pid, piece, deadline)  # it knows whether the peer is gone
+
+    def _move_by(self, lane: ShmLane, piece: Slice, deadline: float) -> None:
+        lane.hurry = self.hurry
+        lane.move(piece, deadline)
+        self.moved_at = lane.moved_at
+
+    @override
+    def interrupt(self) -> None:
+        self._mapped.interrupt()
+        self._by_pid.interrupt()
+
+    @override
+    def close(self) -> None:
+        self._mapped.close()
+        self._by_pid.close()

@@ -1,19 +1,21 @@
 """The `shm` transport: engines of one machine copy straight out of each other's memory.
 
-The initiator's lanes do all the work; the target runs no thread unless it allocated an arena
-(`ShmTransport.allocate`). Two ways lead to the peer's memory, tried in this order:
+The initiator's lanes do all the work; the target runs no thread unless it has arenas: memory that
+its engine allocated (`ShmTransport.allocate`), or shared when it was registered. Two ways lead to
+the peer's memory:
 
 * process_vm_readv/writev by the peer's pid: reaches all of its memory, if the kernel permits;
-* our mapping of the peer's arenas: reaches only what its engine allocated, needs no permission.
+* our mapping of the peer's arenas: needs no permission, and copies at the speed of memcpy.
 
-Both copy by process_vm calls, the second on this process itself, so that no Python runs per run
-of bytes. 2048 x 128 KiB with two threads: 16 ms by pid, 22 ms over a mapping (a memfd's 4 KiB
-pages are dearer to pin than huge ones); beside a thread that runs Python both take 150 ms.
+Where both do, small slices go by pid, which needs no look at where the memory is mapped, and large
+ones over the mapping, as long as it holds them.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -22,6 +24,7 @@ import msgspec
 from typing_extensions import override
 
 from mooncake_engine import native
+from mooncake_engine.device import is_device
 from mooncake_engine.errors import (
     EngineClosed,
     EngineError,
@@ -33,9 +36,10 @@ from mooncake_engine.transport.base import BulkLink, Capabilities, Link, Transpo
 from mooncake_engine.transport.shm.arena import ArenaServer
 from mooncake_engine.transport.shm.arena_reader import ArenaReader
 from mooncake_engine.transport.shm.copier import Copier
-from mooncake_engine.transport.shm.lane import ByMapping, ByPid, ShmLane
+from mooncake_engine.transport.shm.lane import ByMapping, ByPid, MappedFirst, ShmLane
 from mooncake_engine.transport.shm.nonce import NONCE_BYTES, Nonce, NonceReader
 from mooncake_engine.transport.shm.process_vm import CALL_BYTES, permit_any_reader
+from mooncake_engine.transport.shm.shared_pages import SharedPages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +50,9 @@ if TYPE_CHECKING:
     from mooncake_engine.memory import RegionTable
     from mooncake_engine.native import Library
     from mooncake_engine.transport.shm.lane import Way
-    from mooncake_engine.types import SegmentRecord
+    from mooncake_engine.types import Region, SegmentRecord
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -93,19 +99,39 @@ class ShmLink(Link):
 
 
 class ByPidLink(ShmLink):
-    """By the peer's pid: all of its memory."""
+    """By the peer's pid: all of its memory. Large slices go over its arenas where those do."""
 
     def __init__(
-        self, peer: str, threads: int, nonce: NonceReader, library: Library | None
+        self,
+        peer: str,
+        threads: int,
+        nonce: NonceReader,
+        library: Library | None,
+        reader: ArenaReader | None = None,
     ) -> None:
+        """Args: reader: of its arenas, where there are any; closed together with the link."""
         super().__init__(peer, threads, Copier(library, nonce.owner) if library else None)
         self._nonce = nonce
+        self._reader = reader
         if self._copier:
             self.at_once = self._copier.at_once
+        if library and reader:
+            mapped = Copier(library, reader.owner)
+            self.bulk = BulkLink(
+                lambda: MappedFirst(
+                    ShmLane(peer, ByMapping(peer, reader), mapped.team(threads)),
+                    self._lane(threads),
+                )
+            )
 
     @override
     def _way(self) -> Way:
         return ByPid(self._peer, self._nonce.another())
+
+    @override
+    def close(self) -> None:
+        if self._reader:
+            self._reader.close()
 
 
 class ByMappingLink(ShmLink):
@@ -131,11 +157,14 @@ class ShmTransport(Transport):
     """Same machine, one copy. The target has no say in a slice: the reader confirms its grant.
 
     With `config.shm.allow_any_reader` any process of this user may read this process where Yama
-    would forbid it, and readers of other users who know our endpoint may map the arena.
+    would forbid it, and readers of other users who know our endpoint may map the arena. With
+    `config.shm.share_registered` registered memory becomes an arena, too.
     """
 
     scheme: ClassVar[str] = "shm"
-    capabilities: ClassVar[Capabilities] = Capabilities(same_machine_only=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        same_machine_only=True, exchanges_pages=True
+    )
 
     def __init__(
         self, config: EngineConfig, regions: RegionTable, grants: GrantTable, incarnation: str
@@ -178,19 +207,48 @@ class ShmTransport(Transport):
             if self._closed:
                 raise EngineClosed("the shm transport is closed; it allocates no memory any more")
             try:
-                if self._server is None:
-                    self._server = ArenaServer(
-                        self._arena_name,
-                        self._nonce.value,
-                        self.config.connect_timeout_s,
-                        any_user=self.config.shm.allow_any_reader,
-                    )
-                return self._server.allocate(length)
+                return self._serving().allocate(length)
             except OSError as error:
                 raise EngineError(
                     f"cannot allocate {length} bytes of shared memory: {error}; look at this "
                     "process's limits of descriptors and address space (ulimit -n, ulimit -v)"
                 ) from error
+
+    def _serving(self) -> ArenaServer:
+        """Under the lock: the server, begun when it is first needed."""
+        if self._server is None:
+            self._server = ArenaServer(
+                self._arena_name,
+                self._nonce.value,
+                self.config.connect_timeout_s,
+                any_user=self.config.shm.allow_any_reader,
+            )
+        return self._server
+
+    @override
+    def register(self, region: Region) -> None:
+        """Share it, where that is wanted and can be; where not, peers reach it by our pid."""
+        if not self.config.shm.share_registered or is_device(region.location):
+            return
+        with self._lock:
+            try:
+                server = self._serving()
+                if not server.has(region.address):
+                    server.share(region.address, SharedPages(region.address, region.length))
+            except (EngineError, OSError) as error:
+                logger.warning(
+                    "%d bytes at %#x are not shared with peers of this machine, which reach them "
+                    "by process_vm calls instead: %s",
+                    region.length,
+                    region.address,
+                    str(error),  # a kept log record would keep the error's frames, and memory
+                )
+
+    @override
+    def unregister(self, region: Region) -> None:
+        with self._lock:
+            if self._server:
+                self._server.withdraw(region.address)
 
     @override
     def connect(self, peer: SegmentRecord) -> ShmLink:
@@ -216,23 +274,28 @@ class ShmTransport(Transport):
         except LaneError as refusal:
             reader = self._map_arenas(peer, endpoint, refusal)
             return ByMappingLink(peer.name, threads, reader, self._library)
+        if self._library:
+            with contextlib.suppress(LaneError):  # it has none
+                mapped = self._reader(peer, endpoint)
+                return ByPidLink(peer.name, threads, nonce, self._library, mapped)
         return ByPidLink(peer.name, threads, nonce, self._library)
+
+    def _reader(self, peer: SegmentRecord, endpoint: Endpoint) -> ArenaReader:
+        return ArenaReader(peer.name, endpoint.arena, endpoint.nonce, self.config.connect_timeout_s)
 
     def _map_arenas(
         self, peer: SegmentRecord, endpoint: Endpoint, refusal: LaneError
     ) -> ArenaReader:
         """The second way, or `PathUnavailable` with the reasons of both."""
         try:
-            reader = ArenaReader(
-                peer.name, endpoint.arena, endpoint.nonce, self.config.connect_timeout_s
-            )
+            reader = self._reader(peer, endpoint)
         except LaneError as error:
             raise PathUnavailable(f"{refusal}; and {error}") from error
         if not reader.covers(peer.regions):
             reader.close()
             raise PathUnavailable(
                 f"{refusal}; and {peer.name} has registered memory that its engine did not "
-                "allocate, which can be reached in no other way"
+                "allocate or share, which can be reached in no other way"
             )
         return reader
 
