@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,7 +17,7 @@ struct owner {
     uint64_t nonce_address;
     uint8_t nonce[32];
     int32_t alive[2]; /* readable: it has ended, or has something to say */
-    int64_t seen;     /* ns: when it was last found to be there; threads may overwrite each other's */
+    _Atomic int64_t seen; /* ns: when it was last found to be there; the last word of any thread */
 };
 
 /* No pid comes round again so soon after its process was there. */
@@ -32,7 +33,7 @@ static int is_there(struct owner *owner)
         return -errno;
     if (moved != sizeof found || memcmp(found, owner->nonce, sizeof found))
         return ENDED;
-    owner->seen = now_ns();
+    atomic_store_explicit(&owner->seen, now_ns(), memory_order_relaxed);
     return DONE;
 }
 
@@ -62,7 +63,8 @@ static int move(struct owner *owner, const struct slice *slice, struct pair *run
         runs->there[count++] =
             (struct iovec){(void *)(uintptr_t)owner->nonce_address, sizeof found};
         nbytes += sizeof found;
-    } else if (!is_read && now_ns() - owner->seen > SEEN_NS) {
+    } else if (!is_read &&
+               now_ns() - atomic_load_explicit(&owner->seen, memory_order_relaxed) > SEEN_NS) {
         int end = is_there(owner);
         if (end != DONE)
             return end;
