@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: See `in_the_running`: more than rounds differ by on a quiet machine, 1.2 at most.
 FAR_BEHIND = 1.5
+#: Said of a figure from turns beside which the machine was busy, for want of better ones.
+NOT_VALID = "no valid round of both: the machine was busy"
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,16 +50,15 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 def verdicts(group: Group, outcome: Outcome, limits: Iterable[str]) -> list[Verdict]:
     """One for each goal. `limits` are the variants that are the machine's limit."""
-    settled = _with_counting_turns(outcome)
-    unsettled = {turn.workload for turn in settled.turns if turn.valid} - {
-        turn.workload for turn in outcome.turns if turn.valid
-    }
     limits = list(limits)
+    every = _with_every_turn(outcome)
     found = []
     for goal in group.goals:
-        verdict = _judge(group, goal, settled, limits)
-        if goal.workload in unsettled and verdict.value is not None:
-            verdict = msgspec.structs.replace(verdict, note="no valid round: the machine was busy")
+        verdict = _judge(group, goal, outcome, limits)
+        if verdict.value is None:
+            verdict = _judge(group, goal, every, limits)
+            if verdict.value is not None:
+                verdict = msgspec.structs.replace(verdict, note=NOT_VALID)
         found.append(verdict)
     return found
 
@@ -68,7 +69,7 @@ def in_the_running(variants: Sequence[Variant], first: Outcome) -> list[Variant]
     An engine's variant that in the first round took more than `FAR_BEHIND` times as long as the
     same engine's best, in every workload, has no more turns. Defaults, ours and the limits stay.
     """
-    settled = _with_counting_turns(first)
+    settled = _with_every_turn(first)
     workloads = dict.fromkeys(turn.workload for turn in first.turns)
     fine = {variant.name for variant in variants if variant.backend == "ours" or variant.is_limit}
     for backend in dict.fromkeys(variant.backend for variant in variants):
@@ -91,13 +92,9 @@ def joined(first: Outcome, then: Outcome) -> Outcome:
     )
 
 
-def _with_counting_turns(outcome: Outcome) -> Outcome:
-    """The same; where no variant of a workload has a valid turn, all of its turns."""
-    some = {turn.workload for turn in outcome.turns if turn.valid}
-    turns = tuple(
-        turn if turn.workload in some else msgspec.structs.replace(turn, valid=True)
-        for turn in outcome.turns
-    )
+def _with_every_turn(outcome: Outcome) -> Outcome:
+    """The same, as if all of its turns were valid."""
+    turns = tuple(msgspec.structs.replace(turn, valid=True) for turn in outcome.turns)
     return msgspec.structs.replace(outcome, turns=turns)
 
 

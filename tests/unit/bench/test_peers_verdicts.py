@@ -85,8 +85,12 @@ def test_turns_that_are_not_valid_do_not_count_beside_valid_ones() -> None:
     assert not verdict.note
 
 
-def test_without_any_valid_turn_the_figure_is_shown_with_a_warning() -> None:
-    verdict = judged(goal(), turn("ours tcp", 0.1, valid=False), turn("NIXL tcp", 0.2, valid=False))
+@pytest.mark.parametrize(("ours", "theirs"), [(False, False), (True, False), (False, True)])
+def test_without_a_round_in_which_both_are_valid_the_figure_is_shown_with_a_warning(
+    ours: bool, theirs: bool
+) -> None:
+    turns = turn("ours tcp", 0.1, valid=ours), turn("NIXL tcp", 0.2, valid=theirs)
+    verdict = judged(goal(), *turns)
     assert verdict.value == pytest.approx(2.0)
     assert "no valid round" in verdict.note
 
