@@ -327,3 +327,18 @@ def test_registered_memory_is_read_where_no_process_vm_call_is_permitted(
         got = reader.do("read", record=record, remote=address_of(memory), length=BIG)
         assert got == ["shm", "ok", hashlib.blake2b(memory.tobytes()).hexdigest()]
         reader.do("close")
+
+
+def test_regions_that_touch_go_over_tcp_where_no_process_vm_call_is_permitted(
+    child: Callable[..., Child],
+) -> None:
+    """A run may span both, which the reader has at unrelated addresses."""
+    with sharing("auto") as engine:
+        memory = plain(BIG)
+        for half in (memory[: BIG // 2], memory[BIG // 2 :]):
+            engine.register_memory(half)
+        reader = child("engine")
+        record = msgspec.msgpack.encode(engine.record()).hex()
+        got = reader.do("read", record=record, remote=address_of(memory), length=BIG)
+        assert got == ["tcp", "ok", hashlib.blake2b(memory.tobytes()).hexdigest()]
+        reader.do("close")

@@ -225,11 +225,13 @@ class ArenaReader:
         return located
 
     def covers(self, regions: Iterable[RegionRecord]) -> bool:
-        """True when there is an arena and each region lies in one."""
+        """True when there is an arena, each region lies in one, and no run can lie in two."""
         records = list(regions)
         addresses = np.array([record.address for record in records], np.uint64)
         lengths = np.array([record.length for record in records], np.uint64)
-        return bool(self._maps) and not self._look_up(addresses, lengths)[1].any()
+        starts, ends, _ = self._table
+        apart = bool((starts[1:] > ends[:-1]).all())  # what the peer shared may touch
+        return bool(self._maps) and apart and not self._look_up(addresses, lengths)[1].any()
 
     def _look_up(
         self, addresses: Uint64s, lengths: Uint64s
