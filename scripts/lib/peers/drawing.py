@@ -44,11 +44,16 @@ def draw(verdicts: Iterable[Verdict], file: Path) -> None:
         )
     axes.axvline(1, color="grey", linewidth=0.5)
     axes.set_xscale("log")
-    names = [f"{one.workload} / {_rival(one)}" for one in shown]
+    names = [f"{_ours(one)} / {_rival(one)}" for one in shown]
     axes.set_yticks(range(len(shown)), reversed(names), fontsize="small")
     axes.set_xlabel("times as fast as (black: target)")
     figure.savefig(file, bbox_inches="tight", dpi=120)
     pyplot.close(figure)
+
+
+def _ours(one: Verdict) -> str:
+    """The workload, with our setting and without our figure."""
+    return "".join([one.workload, *one.ours.partition(";")[0].partition(", ")[1:]])
 
 
 def _rival(one: Verdict) -> str:
