@@ -58,8 +58,8 @@ class ShmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     allow_any_reader: bool = True
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     native: bool = True  # as for tcp
-    # Put a memfd under registered CPU memory, so that peers of this machine map it and copy at the
-    # speed of memcpy. Nothing may write to it while it is registered or unregistered, and no
+    # Put a memfd under registered CPU memory, so that peers of this machine map it and copy large
+    # batches by memcpy. Nothing may write to it while it is registered or unregistered, and no
     # device may have pinned it before (cudaHostRegister).
     share_registered: bool = False
 
