@@ -14,6 +14,9 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
+from mooncake_engine.errors import EngineError
+from mooncake_engine.transport.shm.arena import memory_file
+from mooncake_engine.transport.shm.shared_pages import STEP, move_into_file
 from typing_extensions import override
 
 from mooncake_connector.bench import base, compiled
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
 
 missing = compiled.missing
 
-_STEP = 64 << 20  # of the move to a memfd: so much memory is taken twice for a moment
-_MAP_FIXED = 0x10
 _PR_SET_PTRACER = 0x59616D61  # "Yama", from linux/prctl.h
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
@@ -179,22 +180,13 @@ def _share(memory: NDArray[np.uint8]) -> int:
         raise BackendFailed(
             f"cannot share {size} bytes at {start:#x}: give whole pages of {mmap.PAGESIZE} bytes"
         )
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_size_t),
-        *(ctypes.c_int,) * 3,
-        ctypes.c_long,
-    )
-    fd = os.memfd_create("mooncake-bench", os.MFD_CLOEXEC)
-    os.ftruncate(fd, size)
-    for at in range(0, size, _STEP):
-        step = memory[at : at + _STEP]
-        os.pwrite(fd, step.data, at)
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        flags = mmap.MAP_SHARED | _MAP_FIXED | mmap.MAP_POPULATE
-        if libc.mmap(start + at, step.size, protection, flags, fd, at) != start + at:
-            code = ctypes.get_errno()
+    fd = -1
+    try:
+        fd = memory_file(size)
+        for at in range(0, size, STEP):
+            move_into_file(start + at, min(STEP, size - at), fd, at)
+    except (EngineError, OSError) as failure:
+        if fd >= 0:
             os.close(fd)
-            raise BackendFailed(f"cannot map a memfd at {start + at:#x}: {os.strerror(code)}")
+        raise BackendFailed(f"cannot share {size} bytes at {start:#x}: {failure}") from failure
     return fd

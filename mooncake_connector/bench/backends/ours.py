@@ -46,14 +46,14 @@ def variants(route: Route) -> tuple[Variant, ...]:
         route=route,
         options={"protocol": protocol, "prepared": "true"},
     )
-    own = {
-        Route.TCP: {"name": "ours tcp, pure Python", "native": "false"},
-        Route.SAME_HOST: {"name": "ours shm, shared pages", "prepared": "true", "share": "true"},
-    }.get(route)
-    if own is None:
+    if route is Route.TCP:
+        name, own = "ours tcp, pure Python", {"native": "false"}
+    elif route is Route.SAME_HOST:
+        name, own = "ours shm, shared pages", {"prepared": "true", "share": "true"}
+    else:
         return named, prepared
-    name, options = own.pop("name"), {"protocol": protocol, **own}
-    return named, prepared, Variant(backend="ours", name=name, route=route, options=options)
+    special = Variant(backend="ours", name=name, route=route, options={"protocol": protocol, **own})
+    return named, prepared, special
 
 
 def configuration(options: Mapping[str, str]) -> EngineConfig:

@@ -188,16 +188,14 @@ def _large() -> Iterable[Group]:
         route=host,
         backends=("ours", *PEERS, "memcpy"),
         workloads=_both(*shape),
-        goals=(
-            *(
-                goal
-                for ours in (SHARED, PREPARED[host])
-                for goal in (
-                    *_ops(*shape, host, (0.9, 0.9), "memcpy in C, 2", ours=ours),
-                    *_ops(*shape, host, (1.8, 1.8), NIXL, ours=ours),
-                    *_ops(*shape, host, (0.3, 0.3), kind=Kind.CPU, ours=ours),
-                )
-            ),
+        goals=tuple(
+            goal
+            for ours in (SHARED, PREPARED[host])
+            for goal in (
+                *_ops(*shape, host, (0.9, 0.9), "memcpy in C, 2", ours=ours),
+                *_ops(*shape, host, (1.8, 1.8), NIXL, ours=ours),
+                *_ops(*shape, host, (0.3, 0.3), kind=Kind.CPU, ours=ours),
+            )
         ),
         turn_s=0.5,
         every_ours=True,

@@ -102,10 +102,8 @@ def test_each_transport_hears_when_a_region_is_taken_back(engine: TransferEngine
 def test_a_transport_that_refuses_leaves_the_region_registered_nowhere(
     engine: TransferEngine,
 ) -> None:
-    first, second = (
-        _pinning(engine, "shm"),
-        _pinning(engine, "tcp"),
-    )  # who may exchange pages, first
+    # Who may put other pages under a region comes first.
+    first, second = _pinning(engine, "shm"), _pinning(engine, "tcp")
     second.refuses = "register"
     memory = pages(1 << 16)
     with pytest.raises(PathUnavailable, match="cannot register"):

@@ -16,7 +16,7 @@ from mooncake_engine.errors import EngineError
 from mooncake_engine.iovec import libc
 from mooncake_engine.transport.shm.arena import available_bytes, memory_file
 
-_STEP = 64 << 20  # exchanged at once: so much memory is taken twice for a moment
+STEP = 64 << 20  # exchanged at once: so much memory is taken twice for a moment
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FIXED = 0x10
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -49,7 +49,7 @@ class SharedPages:
         self._exchanged = 0
         try:
             while self._exchanged < self.length:
-                self._exchange(min(_STEP, self.length - self._exchanged))
+                self._exchange(min(STEP, self.length - self._exchanged))
         except BaseException:
             self.close()
             raise
@@ -59,9 +59,7 @@ class SharedPages:
         if size > (free := available_bytes()):
             raise EngineError(f"this machine has {free} bytes of memory left")
         at = self._exchanged
-        bytes_there = (ctypes.c_char * size).from_address(self.address + at)
-        _all(os.pwrite(self.fd, bytes_there, at), size)
-        _put(self.address + at, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, self.fd, at)
+        move_into_file(self.address + at, size, self.fd, at)
         self._exchanged += size
 
     def close(self) -> None:
@@ -73,8 +71,8 @@ class SharedPages:
             return
         try:
             if not _others(self.address, self._exchanged, "rw-s", os.fstat(self.fd).st_ino):
-                for at in range(0, self._exchanged, _STEP):
-                    self._give_back(at, min(_STEP, self._exchanged - at))
+                for at in range(0, self._exchanged, STEP):
+                    self._give_back(at, min(STEP, self._exchanged - at))
         finally:
             os.close(self.fd)
             self.fd = -1
@@ -85,6 +83,13 @@ class SharedPages:
         _put(self.address + at, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         ctypes.memmove(self.address + at, kept, size)
         libc.fallocate(self.fd, _PUNCH_HOLE, at, size)  # a peer may map it for a while
+
+
+def move_into_file(address: int, size: int, fd: int, offset: int) -> None:
+    """Whole pages become those of a memfd, their bytes kept. Raises `OSError`, `EngineError`."""
+    bytes_there = (ctypes.c_char * size).from_address(address)
+    _all(os.pwrite(fd, bytes_there, offset), size)
+    _put(address, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd, offset)
 
 
 def _others(start: int, length: int, permissions: str, inode: int) -> str:

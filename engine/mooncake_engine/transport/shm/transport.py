@@ -64,7 +64,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     pid: Annotated[int, msgspec.Meta(gt=0, le=(1 << 31) - 1)]
     nonce_address: Annotated[int, msgspec.Meta(gt=0, le=(1 << 63) - 1)]
     nonce: Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
-    #: Abstract unix socket of the arena server; nobody listens there before the first `allocate`.
+    #: Abstract unix socket of the arena server; nobody listens there before there is an arena.
     arena: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")]
 
 
