@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.servers import free_port
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.metadata import open_store
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from mooncake_engine.metadata.base import MetadataStore
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], within: float, what: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import uuid
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from aiohttp import web
+from harness.servers import free_port
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.metadata import open_store
 
@@ -220,9 +220,8 @@ def open_descriptors() -> int:
 
 
 def unused_url() -> str:
-    """Where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+    """Where nobody listens, nor a server of the stage's will."""
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def record(engine_id: str, role: Role, url: str, dp_rank: int = 0) -> NodeRecord:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from harness.servers import free_port
 from node_stage import until
 
 if TYPE_CHECKING:
@@ -309,9 +310,3 @@ def servers(forks: Forks, folder: Path) -> Iterator[Servers]:
         yield made
     finally:
         made.close()
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

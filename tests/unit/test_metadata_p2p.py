@@ -8,7 +8,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from etcd_stage import Seen, free_port
+from etcd_stage import Seen
+from harness.servers import free_port
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.errors import MetadataError
 from mooncake_engine.metadata.p2p import P2pStore

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from harness.servers import free_port
 from mooncake_engine.errors import ConfigError, MetadataError
 
 if TYPE_CHECKING:
@@ -134,8 +135,7 @@ def test_the_keys_of_a_killed_process_disappear_within_its_lease(
 
 
 def test_a_dead_endpoint_is_passed_over(etcd: EtcdServer, stores: Stores) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        dead = f"127.0.0.1:{probe.getsockname()[1]}"
+    dead = f"127.0.0.1:{free_port()}"
     store = stores(dead, etcd.address)
     start = time.monotonic()
     store.put("a", b"1")

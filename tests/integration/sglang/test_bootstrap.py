@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
-from etcd_stage import EtcdServer, Stores, free_port, wait_until
+from etcd_stage import EtcdServer, Stores, wait_until
+from harness.servers import free_port
 from mooncake_engine.config import MetadataConfig
 from mooncake_engine.errors import ConfigError
 from mooncake_engine.metadata.etcd import EtcdClient

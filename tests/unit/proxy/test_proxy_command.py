@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from proxy_stage import Stage, staged, unused_url
+from harness.servers import free_port
+from proxy_stage import Stage, staged
 
 COMMAND = str(Path(sys.executable).parent / "mooncake-connector")
 
@@ -19,13 +20,13 @@ def test_the_command_serves_until_it_is_told_to_stop(number: signal.Signals) -> 
         own_port = stage.proxy.port
         given = ("--prefill", stage.prefill.url, "--decode", stage.decode.url)
         process = await asyncio.create_subprocess_exec(
-            COMMAND, "proxy", "--port", port, *given, stderr=asyncio.subprocess.PIPE
+            COMMAND, "proxy", "--port", str(port), *given, stderr=asyncio.subprocess.PIPE
         )
         try:
             assert process.stderr is not None
             while b"listens" not in (line := await process.stderr.readline()):
                 assert line, "the command ended without having listened"
-            stage.proxy.port = int(port)  # from here on the stage talks to the command's proxy
+            stage.proxy.port = port  # from here on the stage talks to the command's proxy
             await stage.health(prefill_in=1, decode_in=1)
             assert (await stage.ask())[:2] == (200, stage.decode.answer)
             process.send_signal(number)
@@ -37,5 +38,5 @@ def test_the_command_serves_until_it_is_told_to_stop(number: signal.Signals) -> 
                 await process.wait()
             stage.proxy.port = own_port
 
-    port = unused_url().rpartition(":")[2]
+    port = free_port()
     staged(play)
