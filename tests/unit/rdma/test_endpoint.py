@@ -181,6 +181,31 @@ def test_what_is_under_way_comes_back_flushed_when_it_fails(stage: Stage) -> Non
     assert stage.told == [State.READY, State.FAILED]
 
 
+def test_jobs_at_work_side_by_side_come_to_have_queue_pairs_of_their_own(stage: Stage) -> None:
+    stage.ready()
+    first, second, third = jobs = [stage.job, Job(), Job()]
+    for job in (second, third):
+        job.begin(np.ones(ROWS, np.uint64))
+
+    def post(job: Job) -> None:
+        assert stage.endpoint.post(job, Opcode.READ, WORK, slice(0, 1), KEYS, KEYS, 0) == 1
+
+    def of_others(job: Job) -> list[int]:
+        return sorted(queue.of_others(job) for queue in stage.endpoint.queues)
+
+    for _ in range(QUEUES):
+        post(first)
+    assert of_others(second) == [1, 1, 1]  # alone it was spread over all
+    for nic in stage.nics:
+        nic.end(1)
+    for completions in stage.context.completions:
+        completions.poll()
+    for _ in range(4):
+        for job in jobs:
+            post(job)
+    assert [of_others(job) for job in jobs] == [[0, 4, 4]] * 3
+
+
 def test_who_finds_it_full_is_woken_by_room_and_by_its_end(stage: Stage) -> None:
     stage.ready()
     other = Job()

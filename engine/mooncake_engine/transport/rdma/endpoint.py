@@ -238,11 +238,14 @@ class Endpoint:
     ) -> int:
         """Post as many of `rows` as one queue pair takes; 0: `job` is woken when one has room.
 
-        The queue pairs take turns, so that a slice is spread over all of them.
+        The one with the least of others' requests is asked first, and they take turns where that
+        is level: one lane is spread over all of them, two at work at a time come to have their
+        own, which different cores, or units of a NIC, then work at.
         """
         self._turn += 1  # not guarded: any turn will do
-        for step in range(len(self.queues)):
-            queue = self.queues[(self._turn + step) % len(self.queues)]
+        first = self._turn % len(self.queues)
+        by_turns = self.queues[first:] + self.queues[:first]
+        for queue in sorted(by_turns, key=lambda queue: queue.of_others(job)):
             try:
                 count = queue.post(job, opcode, work, rows, lkeys, rkeys, inline)
             except VerbsError as error:

@@ -47,6 +47,11 @@ class _Chain:
         self.row = row
         self.status = 0
 
+    @property
+    def requests(self) -> int:
+        """How many."""
+        return self.last - self.first + 1
+
     def rows_to(self, wr_id: int) -> slice:
         """Rows of the requests first..wr_id."""
         return slice(self.row, self.row + wr_id - self.first + 1)
@@ -75,6 +80,11 @@ class SendQueue(Owner):
     def free(self) -> int:
         """Requests that fit now. A hint without the lock."""
         return self.queue_pair.caps.max_send_wr - (self._next - 1 - self._ended)
+
+    def of_others(self, job: Job) -> int:
+        """Requests of chains under way that are not this job's."""
+        with self.completions.lock:
+            return sum(chain.requests for chain in self._chains if chain.job is not job)
 
     @property
     def idle(self) -> bool:
@@ -112,7 +122,7 @@ class SendQueue(Owner):
             if chain is None:
                 return 0
             taken = chain.rows_to(chain.last)
-            wanted = chain.last - chain.first + 1
+            wanted = chain.requests
             try:
                 accepted = self.queue_pair.post(
                     opcode,
@@ -161,7 +171,7 @@ class SendQueue(Owner):
     def _take_back(self, chain: _Chain, accepted: int) -> None:
         """Only the first `accepted` requests of the newest chain were posted."""
         with self.completions.lock:
-            refused = chain.last - chain.first + 1 - accepted
+            refused = chain.requests - accepted
             rest = slice(chain.rows_to(chain.last).stop - refused, chain.rows_to(chain.last).stop)
             chain.last -= refused
             self._next -= refused
