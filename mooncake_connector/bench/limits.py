@@ -74,9 +74,9 @@ def check_bounds(offsets: Uint64s, lengths: Uint64s, size: int, whose: str) -> N
 
 
 class PreparedRun:
-    """Moves a transfer once when called, or many times without Python in between.
+    """Moves a transfer once when called. One thread at a time.
 
-    One thread at a time. What it holds is given back when it is forgotten.
+    What it holds is given back when it is forgotten.
     """
 
     def __init__(
@@ -107,21 +107,26 @@ class PreparedRun:
         self._second_at = address_of(self._second)
         self.close = weakref.finalize(self, _end, loops, team, parts, release)
 
-    def __call__(self) -> None:
-        """Move the bytes once. Raises `BackendFailed`."""
-        if code := self._many(self._team, 1, self._second_at):
-            self._raise(code)
+    def __call__(self) -> float:
+        """Move the bytes once; the seconds, taken in C. Raises `BackendFailed`."""
+        self._run(1, self._second_at)
+        return float(self._second[0])
+
+    def _run(self, runs: int, seconds: int) -> None:
+        """Move the bytes so often; C writes the seconds of each to that address."""
+        if code := self._many(self._team, runs, seconds):
+            error = OSError(-code, os.strerror(-code))
+            raise BackendFailed(self._describe(error)) from error
+
+
+class PreparedRuns(PreparedRun):
+    """The same, also many times without Python in between."""
 
     def many(self, runs: int) -> NDArray[np.float64]:
         """Move the bytes `runs` times; the seconds of each, taken in C. Raises `BackendFailed`."""
         seconds = np.empty(runs)
-        if code := self._many(self._team, runs, address_of(seconds)):
-            self._raise(code)
+        self._run(runs, address_of(seconds))
         return seconds
-
-    def _raise(self, code: int) -> None:
-        error = OSError(-code, os.strerror(-code))
-        raise BackendFailed(self._describe(error)) from error
 
 
 def _end(

@@ -129,6 +129,6 @@ def _figures(
         ours_over_it=None
         if line.is_limit or variant == ours
         else counted.ratio(ours, variant, workload, bandwidth),
-        valid=outcome.valid_rounds(variant, workload),
+        valid=outcome.valid_rounds(workload, variant),
         rounds=len(taken),
     )

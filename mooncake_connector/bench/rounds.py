@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import msgspec
 import numpy as np
+from mooncake_engine.transport.shm.arena import available_bytes
 
 from mooncake_connector.bench.base import BackendFailed
 from mooncake_connector.bench.load import is_valid, other_load, sample
@@ -17,7 +17,8 @@ from mooncake_connector.bench.percentiles import latencies
 from mooncake_connector.bench.turns import Failure, Outcome, Turn, rotated, wanting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
+    from pathlib import Path
 
     from mooncake_connector.bench.base import Variant
     from mooncake_connector.bench.conditions import Workload
@@ -58,7 +59,7 @@ class Pairs:
     def __init__(self, nbytes: int, logs: Path, target: str = "") -> None:
         """All with buffers of `nbytes`; the rest as for `Pair`."""
         self._nbytes, self._logs, self._target = nbytes, logs, target
-        self._most = 1 if target else max(1, int(_MEMORY_SHARE * _free_memory() / (2 * nbytes)))
+        self._most = 1 if target else max(1, int(_MEMORY_SHARE * available_bytes() / (2 * nbytes)))
         self._open: dict[str, Pair] = {}  # in the order of their last turns
 
     @contextlib.contextmanager
@@ -101,8 +102,11 @@ def run_rounds(
     workloads: Sequence[Workload],
     plan: Plan,
     report: Callable[[Turn | Failure], None] = lambda _: None,
+    taking: Collection[tuple[str, str]] | None = None,
 ) -> Outcome:
     """Measure all variants by turns; each workload with those of its routes.
+
+    With `taking`, (variant, workload), only those of them.
 
     Never raises for a variant that fails: that is in the outcome, and it has no more turns of
     that workload. `report` hears of each turn as it ends.
@@ -113,6 +117,7 @@ def run_rounds(
         for variant in variants
         for workload in workloads
         if not workload.routes or variant.route in workload.routes
+        if taking is None or (variant.name, workload.name) in taking
     }
     number = 0
     while (fewest := run.wanting()) and not run.over() and number != (plan.at_most or None):
@@ -201,9 +206,3 @@ class _Run:
         if self._plan.check and pair.variant.moves_bytes and key not in self._checked:
             pair.check(workload)
             self._checked.add(key)
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -84,9 +84,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         ratios = [value(ours[number]) / value(theirs[number]) for number in ours.keys() & theirs]
         return statistics.median(ratios) if ratios else None
 
-    def valid_rounds(self, variant: str, workload: str) -> int:
-        """In how many rounds it has a valid turn."""
-        return len(self._valid(variant, workload))
+    def valid_rounds(self, workload: str, *variants: str) -> int:
+        """In how many rounds all of these have a valid turn."""
+        return len(set.intersection(*(set(self._valid(name, workload)) for name in variants)))
 
     def _valid(self, variant: str, workload: str) -> dict[int, Turn]:
         """By round."""

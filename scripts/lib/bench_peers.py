@@ -90,22 +90,21 @@ class Bench:
     def _measured(self, group: Group, variants: list[Variant], pairs: Pairs, end: float) -> Outcome:
         """A round of all, then the other rounds of those that are in the running."""
 
-        def rounds(taking: list[Variant], count: int, share: float) -> Outcome:
+        def rounds(count: int, share: float, taking: set[tuple[str, str]] | None = None) -> Outcome:
             plan = msgspec.structs.replace(
                 self._plan,
                 rounds=count,
                 turn_s=group.turn_s,
                 limit_s=max(0.0, share * (end - time.monotonic())),
             )
-            return run_rounds(pairs, taking, group.workloads, plan, _told)
+            return run_rounds(pairs, variants, group.workloads, plan, _told, taking)
 
         if self._plan.rounds == 1 or self._plan.at_most:
-            return rounds(variants, self._plan.rounds, 1.0)
-        first = rounds(variants, 1, FIRST_ROUND)
-        running = in_the_running(variants, first)
-        if len(running) < len(variants):
-            tell(f"{len(variants) - len(running)} variants were far behind their engine's best")
-        return joined(first, rounds(running, self._plan.rounds - 1, 1.0))
+            return rounds(self._plan.rounds, 1.0)
+        first = rounds(1, FIRST_ROUND)
+        running = in_the_running(group, variants, first)
+        tell(f"further rounds have {len(running)} turns: ours, and of each goal's rivals the best")
+        return joined(first, rounds(self._plan.rounds - 1, 1.0, running))
 
     def descriptors(self, variants: list[Variant]) -> None:
         """The row of 100 000 descriptors."""

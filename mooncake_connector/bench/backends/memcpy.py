@@ -22,7 +22,7 @@ from typing_extensions import override
 from mooncake_connector.bench import base, compiled
 from mooncake_connector.bench.base import BackendFailed, Route, Transfer, Variant
 from mooncake_connector.bench.limits import (
-    PreparedRun,
+    PreparedRuns,
     address_of,
     check_bounds,
     iovecs,
@@ -131,7 +131,7 @@ class Initiator(base.Initiator):
         self._base = address_of(self._mapping)
 
     @override
-    def prepare(self, transfer: Transfer) -> PreparedRun:
+    def prepare(self, transfer: Transfer) -> PreparedRuns:
         check_bounds(transfer.local, transfer.lengths, self._memory.size, "initiator")
         check_bounds(transfer.remote, transfer.lengths, self._size, "target")
         kept: list[NDArray[np.void]] = []
@@ -145,7 +145,7 @@ class Initiator(base.Initiator):
 
         mapping = self._mapping
         # The lists and the mapping live as long as the threads that use them.
-        return PreparedRun(f"limits_{self._method}", parts, describe, lambda: _keep(kept, mapping))
+        return PreparedRuns(f"limits_{self._method}", parts, describe, lambda: _keep(kept, mapping))
 
     def _part(self, part: Transfer, kept: list[NDArray[np.void]]) -> _Copies:
         local = part.local + np.uint64(address_of(self._memory))

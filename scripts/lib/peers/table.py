@@ -62,7 +62,7 @@ def variant_table(workload: Workload, outcome: Outcome) -> str:
                 f"{1e6 * min(turn.latencies.least for turn in own):.0f}",
                 f"{own[0].run_bytes / p50 / 1e9:.2f}",
                 f"{median(map(cpu, counting)):.2f}",
-                f"{outcome.valid_rounds(name, workload.name)} / {len(own)}",
+                f"{outcome.valid_rounds(workload.name, name)} / {len(own)}",
             )
         )
     failed = [failure.variant for failure in outcome.failures if failure.workload == workload.name]

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from mooncake_connector.bench.base import Variant
 
 
-#: See `in_the_running`: more than rounds differ by on a quiet machine, 1.2 at most.
-FAR_BEHIND = 1.5
+#: See `in_the_running`. Rounds of a quiet machine differ by 1.2 at most: who is behind by more, or
+#: is not among so many, will hardly come to be the best.
+FAR_BEHIND, KEPT = 1.5, 2
 #: Said of a figure from turns beside which the machine was busy, for want of better ones.
 NOT_VALID = "no valid round of both: the machine was busy"
 
@@ -32,7 +33,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         value: What the goal bounds; None: it could not be measured, `note` says why.
         target: The goal in words.
         of_limit: Ours over the machine's limit, where one ran beside it.
-        rounds: Valid rounds behind it, of both.
+        rounds: Behind it: valid ones, of both.
         note: What a reader must know: no valid round, a failure.
     """
 
@@ -63,24 +64,31 @@ def verdicts(group: Group, outcome: Outcome, limits: Iterable[str]) -> list[Verd
     return found
 
 
-def in_the_running(variants: Sequence[Variant], first: Outcome) -> list[Variant]:
-    """Those whose further rounds can matter.
+def in_the_running(
+    group: Group, variants: Sequence[Variant], first: Outcome
+) -> set[tuple[str, str]]:
+    """(variant, workload) whose further rounds can matter.
 
-    An engine's variant that in the first round took more than `FAR_BEHIND` times as long as the
-    same engine's best, in every workload, has no more turns. Defaults, ours and the limits stay.
+    Of those that a goal is against, and of the limits, the `KEPT` best of the first round go on,
+    but none that took more than `FAR_BEHIND` times as long as the best. All of ours go on.
     """
     settled = _with_every_turn(first)
-    workloads = dict.fromkeys(turn.workload for turn in first.turns)
-    fine = {variant.name for variant in variants if variant.backend == "ours" or variant.is_limit}
-    for backend in dict.fromkeys(variant.backend for variant in variants):
-        names = [variant.name for variant in variants if variant.backend == backend]
-        fine.add(names[0])  # as it comes
-        for workload in workloads:
-            medians = {name: settled.median(name, workload, seconds) for name in names}
-            known = {name: median for name, median in medians.items() if median is not None}
-            limit = FAR_BEHIND * min(known.values(), default=0.0)
-            fine |= {name for name, median in known.items() if median <= limit}
-    return [variant for variant in variants if variant.name in fine]
+
+    def ahead(names: list[str], workload: str) -> set[tuple[str, str]]:
+        known = _medians(settled, workload, names)
+        best_first = sorted(known, key=known.__getitem__)[:KEPT]
+        return {(n, workload) for n in best_first if known[n] <= FAR_BEHIND * known[best_first[0]]}
+
+    ours = [variant.name for variant in variants if variant.backend == "ours"]
+    limits = [variant.name for variant in variants if variant.is_limit]
+    fine = set()
+    for work in group.workloads:
+        fine |= {(name, work.name) for name in _medians(settled, work.name, ours)}
+        fine |= ahead(limits, work.name)
+    for goal in group.goals:
+        for workload in (goal.workload, goal.beside):
+            fine |= ahead(_meant(goal, settled), workload)
+    return fine
 
 
 def joined(first: Outcome, then: Outcome) -> Outcome:
@@ -123,7 +131,7 @@ def _judge(group: Group, goal: Goal, outcome: Outcome, limits: list[str]) -> Ver
         value=value,
         met=met,
         of_limit=outcome.ratio(limit, goal.ours, goal.workload, seconds) if limit else None,
-        rounds=outcome.valid_rounds(goal.ours, goal.workload),
+        rounds=outcome.valid_rounds(goal.workload, *_compared(goal, outcome)),
         note=note,
     )
 
@@ -143,13 +151,22 @@ def _value(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
         case Kind.DROP:
             return _drop(goal, outcome)
         case Kind.FASTER | Kind.IN_PLACE:
-            rival = best(outcome, goal.workload, _meant(goal, outcome))
-            if not rival:
+            _, *rivals = _compared(goal, outcome)
+            if not rivals:
                 return None, "", _why(outcome, " or ".join(goal.against), goal.workload)
+            rival = rivals[0]
             took = in_place if goal.kind is Kind.IN_PLACE else seconds
             ratio = outcome.ratio(rival, goal.ours, goal.workload, took)
-            shown = f"{rival} {_figure(outcome, rival, goal.workload)}"
+            shown = f"{rival} {_figure(outcome, rival, goal.workload, took)}"
             return ratio, shown, "" if ratio else "no round in which both are valid"
+
+
+def _compared(goal: Goal, outcome: Outcome) -> list[str]:
+    """Ours, and the best of those that it is to be faster than."""
+    if goal.kind not in (Kind.FASTER, Kind.IN_PLACE):
+        return [goal.ours]
+    rival = best(outcome, goal.workload, _meant(goal, outcome))
+    return [goal.ours, *([rival] if rival else [])]
 
 
 def _drop(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
@@ -175,10 +192,20 @@ def _meant(goal: Goal, outcome: Outcome) -> list[str]:
 
 
 def best(outcome: Outcome, workload: str, names: Iterable[str]) -> str:
-    """Of these variants the one with the least median; empty: none has a turn."""
+    """Of these variants the one with the least median; empty: none has a turn.
+
+    One that was left behind after the first round does not win by that round.
+    """
+    found = _medians(outcome, workload, names)
+    rounds = {name: outcome.valid_rounds(workload, name) for name in found}
+    most = max(rounds.values(), default=0)
+    return min((n for n in found if 2 * rounds[n] > most), key=found.__getitem__, default="")
+
+
+def _medians(outcome: Outcome, workload: str, names: Iterable[str]) -> dict[str, float]:
+    """Seconds by variant; those without a turn are left out."""
     medians = {name: outcome.median(name, workload, seconds) for name in names}
-    found = {name: median for name, median in medians.items() if median is not None}
-    return min(found, key=found.__getitem__) if found else ""
+    return {name: median for name, median in medians.items() if median is not None}
 
 
 def _why(outcome: Outcome, variant: str, workload: str) -> str:

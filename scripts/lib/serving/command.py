@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from harness.completions import CompletionFailed
 from harness.process import ServerFailed, end_like_ctrl_c
+from mooncake_engine.transport.shm.arena import available_bytes
 from rich.console import Console
 
 from serving import groups, options, report, urls, verdict, vllm_overlap
@@ -77,8 +78,9 @@ def run(given: argparse.Namespace, console: Console) -> int:
     place = Place(given.model, given.logs, console)
     given.logs.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
+    parts = groups.grouped(setups, groups.capacity(available_bytes(), given.framework))
     try:
-        _measure(setups, plan, place, result, begin + given.minutes * 60)
+        _measure(parts, plan, place, result, begin + given.minutes * 60)
         _sglang_only(given, place, result)
     finally:  # Ctrl-C after an hour does not lose that hour
         if given.json:
@@ -99,8 +101,9 @@ def _user_run(given: argparse.Namespace) -> tuple[Setup, ...]:
     return user_run(given.url, given.legs)
 
 
-def _measure(setups: list[Setup], plan: Plan, place: Place, result: Result, until: float) -> None:
-    parts = groups.grouped(setups, groups.capacity(available_bytes()))
+def _measure(
+    parts: list[list[Setup]], plan: Plan, place: Place, result: Result, until: float
+) -> None:
     for number, group in enumerate(parts, 1):
         # What is left is shared out among the groups that are left.
         begin = time.monotonic()
@@ -156,14 +159,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def available_bytes() -> int:
-    """Memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def main() -> int:

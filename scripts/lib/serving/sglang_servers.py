@@ -57,7 +57,11 @@ class Plan:
 
     def flags(self) -> list[str]:
         """More command line, for both servers."""
-        chunk = ["--chunked-prefill-size", str(self.chunk)] if self.chunk else []
+        if not self.chunk:
+            return sizes(self.page_size)
+        # On a CPU to launch a forward pass is to compute it: the overlap schedule looks at a
+        # chunk's result, and names its pages, when the next chunk's pass has run.
+        chunk = ["--chunked-prefill-size", str(self.chunk), "--disable-overlap-schedule"]
         return [*sizes(self.page_size), *chunk]
 
     def settings(self) -> Mapping[str, Any]:

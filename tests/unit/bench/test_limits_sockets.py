@@ -4,6 +4,7 @@ import concurrent.futures
 import mmap
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -100,6 +101,16 @@ def test_each_run_moves_what_the_memory_holds_at_that_time(target: sockets.Targe
         target._memory[:] = value
         run()
         assert initiator._memory[int(transfer.local[3])] == value
+    initiator.close()
+
+
+def test_one_that_python_calls_each_time_says_what_c_took(target: sockets.Target) -> None:
+    initiator = sockets.Initiator(buffer(2), {"streams": "2", "called": "1"})
+    initiator.connect(target.address())
+    run = initiator.prepare(scattered("read", UNEVEN))
+    began = time.perf_counter()
+    assert 0 < run() <= time.perf_counter() - began
+    assert not hasattr(run, "many")
     initiator.close()
 
 

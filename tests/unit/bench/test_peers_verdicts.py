@@ -36,12 +36,13 @@ def turn(variant: str, p50: float, number: int = 0, work: str = WORK.name, **mor
     )
 
 
+def row(*goals: Goal) -> Group:
+    return Group(key="k", title="row", route=Route.TCP, backends=(), workloads=(WORK,), goals=goals)
+
+
 def judged(goal: Goal, *turns: Turn, failures: tuple[Failure, ...] = ()) -> Verdict:
-    group = Group(
-        key="k", title="row", route=Route.TCP, backends=(), workloads=(WORK,), goals=(goal,)
-    )
     outcome = Outcome(turns=turns, failures=failures, ended="")
-    return verdicts(group, outcome, ["C sockets, 1 stream"])[0]
+    return verdicts(row(goal), outcome, ["C sockets, 1 stream"])[0]
 
 
 def goal(**more: object) -> Goal:
@@ -164,41 +165,63 @@ def test_the_variants_table_has_the_fastest_first_and_those_that_failed() -> Non
     assert len({len(line) for line in lines}) == 1  # aligned
 
 
-def test_only_variants_far_behind_their_own_engines_best_have_no_more_turns() -> None:
+def test_further_rounds_are_for_ours_and_the_best_rivals_of_each_goal() -> None:
+    first = Outcome(
+        turns=tuple(
+            turn(name, seconds)
+            for name, seconds in {
+                "ours tcp": 9.0,
+                "NIXL tcp": 5.0,
+                "NIXL tcp, prepped": 1.0,
+                "NIXL tcp, prepped and posted again": 1.1,
+                "NIXL tcp, no progress thread": 1.2,
+                "Mooncake tcp": 6.0,
+                "Mooncake tcp, pool": 3.0,
+                "gloo": 0.1,
+                "C sockets, 2 streams": 1.0,
+                "C sockets, 4 streams": 1.6,
+            }.items()
+        ),
+        failures=(),
+        ended="",
+    )
     variants = [
-        Variant(backend=backend, name=name, route=Route.TCP, is_limit=backend == "sockets")
-        for backend, name in (
-            ("ours", "ours tcp"),
-            ("nixl", "NIXL tcp"),
-            ("nixl", "NIXL tcp, prepped"),
-            ("nixl", "NIXL tcp, slow"),
-            ("gloo", "gloo"),
-            ("sockets", "C sockets, 4 streams"),
+        Variant(
+            backend=name[:4].strip(), name=name, route=Route.TCP, is_limit=name.startswith("C ")
         )
+        for name in dict.fromkeys(turn.variant for turn in first.turns)
     ]
-    times = {
-        "ours tcp": 9.0,
-        "NIXL tcp": 5.0,
-        "NIXL tcp, prepped": 1.0,
-        "NIXL tcp, slow": 1.6,
-        "gloo": 8.0,
-        "C sockets, 4 streams": 7.0,
+    running = in_the_running(row(goal(), goal(against=["Mooncake"])), variants, first)
+    assert running == {
+        (name, WORK.name)
+        for name in (
+            "ours tcp",
+            "NIXL tcp, prepped",
+            "NIXL tcp, prepped and posted again",
+            "Mooncake tcp, pool",
+            "C sockets, 2 streams",
+        )
     }
-    first = Outcome(turns=tuple(turn(n, s) for n, s in times.items()), failures=(), ended="")
-    left = {variant.name for variant in variants} - {
-        variant.name for variant in in_the_running(variants, first)
-    }
-    assert left == {"NIXL tcp, slow"}
 
 
-def test_a_variant_that_is_good_at_one_workload_stays() -> None:
-    variants = [
-        Variant(backend="nixl", name=name, route=Route.TCP) for name in ("plain", "one", "other")
-    ]
-    turns = [turn("one", 1.0), turn("other", 2.0), turn("plain", 2.0)]
-    turns += [turn(v, s, work="b") for v, s in (("one", 2.0), ("other", 1.0), ("plain", 2.0))]
-    running = in_the_running(variants, Outcome(turns=tuple(turns), failures=(), ended=""))
-    assert [variant.name for variant in running] == ["plain", "one", "other"]
+def test_who_is_good_at_one_workload_goes_on_with_that_one() -> None:
+    variants = [Variant(backend="nixl", name=n, route=Route.TCP) for n in ("NIXL 1", "NIXL 2")]
+    turns = [turn("NIXL 1", 1.0), turn("NIXL 2", 2.0)]
+    turns += [turn("NIXL 1", 2.0, work="b"), turn("NIXL 2", 1.0, work="b")]
+    first = Outcome(turns=tuple(turns), failures=(), ended="")
+    running = in_the_running(row(goal(), goal(workload="b")), variants, first)
+    assert running == {("NIXL 1", WORK.name), ("NIXL 2", "b")}
+
+
+def test_one_that_had_the_first_round_only_is_not_the_best_of_five() -> None:
+    verdict = judged(
+        goal(),
+        turn("NIXL tcp", 0.15),
+        *(turn("NIXL tcp, prepped", 0.14 if number == 0 else 0.2, number) for number in range(5)),
+        *(turn("ours tcp", 0.1, number) for number in range(5)),
+    )
+    assert verdict.against.startswith("NIXL tcp, prepped ")
+    assert verdict.rounds == 5
 
 
 def test_later_rounds_are_numbered_after_the_first_ones() -> None:

@@ -52,7 +52,7 @@ def test_medians_are_of_valid_rounds_only() -> None:
         turn("a", 0, 1), turn("a", 1, 900, valid=False), turn("a", 2, 2), turn("a", 3, 9)
     )
     assert found.median("a", "w", seconds) == 2
-    assert found.valid_rounds("a", "w") == 3
+    assert found.valid_rounds("w", "a") == 3
     assert found.median("b", "w", seconds) is None
 
 
@@ -119,7 +119,7 @@ def test_rounds_go_on_until_there_are_enough_valid_ones_or_time_is_over(tmp_path
     plan = Plan(rounds=2, limit_s=2.0, turn_s=0.01, warm_up_s=0.0)
     with Pairs(BUFFER, tmp_path) as pairs:
         found = run_rounds(pairs, variants, [workload("read", scattered("read", 1))], plan)
-    valid = [found.valid_rounds(variant.name, "read") for variant in variants]
+    valid = [found.valid_rounds("read", variant.name) for variant in variants]
     if found.ended == "2 valid rounds of each":
         assert min(valid) == 2  # who has enough goes on beside who has not
     else:  # a busy machine

@@ -73,8 +73,12 @@ def test_a_family_that_is_cut_up_names_each_peer_once() -> None:
 
 
 def test_a_small_machine_still_gets_the_reference_and_a_pair() -> None:
-    assert capacity(1 << 30) == 3
-    assert capacity(24 << 30) > 8
+    assert capacity(1 << 30, "vllm") == capacity(1 << 30, "sglang") == 3
+
+
+def test_four_pairs_of_vllm_and_three_of_sglang_fit_into_24_gib() -> None:
+    assert 9 <= capacity(23 << 30, "vllm") <= 10
+    assert 7 <= capacity(23 << 30, "sglang") <= 8
 
 
 def test_names_are_unique_and_comparable_rows_have_the_same_servers() -> None:

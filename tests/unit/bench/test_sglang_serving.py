@@ -76,7 +76,8 @@ def test_a_plan_of_ours_takes_one_path_only_and_a_stock_one_another_launcher(
     flags = ours.flags()
     assert flags[flags.index("--page-size") + 1] == "1"
     assert flags[flags.index("--chunked-prefill-size") + 1] == "128"
-    assert "--chunked-prefill-size" not in Plan().flags()
+    assert "--disable-overlap-schedule" in flags
+    assert not {"--chunked-prefill-size", "--disable-overlap-schedule"} & set(Plan().flags())
 
     nowhere = tmp_path / ".venv-sglang-peers" / "bin" / "python"
     monkeypatch.setattr("serving.sglang_servers.PEERS", nowhere)
