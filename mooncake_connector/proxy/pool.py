@@ -3,11 +3,15 @@
 All on one event loop. A server starts out, comes in by its first good `GET /health`, and goes
 out when a connection fails, until it is healthy again: a node publishes its record minutes
 before its API server listens.
+
+A server whose record is gone leaves, unless it is the last one for its job: where etcd was too slow
+to renew leases, all records go at once, and come back some seconds later.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +21,7 @@ from mooncake_connector.cluster import Listing, NodeRecord, decode_node, listing
 from mooncake_connector.errors import WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Container, Iterable
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ JOBS: tuple[Job, ...] = ("prefill", "decode")
 FIRST_PROBE_S, LAST_PROBE_S = 0.1, 5.0
 #: A server that takes longer to say that it is healthy gets no requests.
 PROBE_TIMEOUT_S = 5.0
+#: So long the last servers for a job are used without a record, and how often they are probed then.
+WITHOUT_RECORD_S, LAST_ONE_PROBE_S = 30.0, 1.0
 
 
 class Server:
@@ -41,6 +47,17 @@ class Server:
         self.last_chosen = 0  # the pool's count of choices then
         self.times_chosen = 0
         self.probe: asyncio.Task[None] | None = None
+
+    @property
+    def leaving(self) -> bool:
+        """It is in without a record, and probed for as long."""
+        return self.up and self.probe is not None
+
+    def stop_probe(self) -> None:
+        """Ask it nothing more."""
+        if self.probe is not None:
+            self.probe.cancel()
+            self.probe = None
 
     def does(self, job: Job) -> bool:
         """Whether it is there for that kind of request."""
@@ -90,9 +107,13 @@ class Pool:
 
     def suspect(self, server: Server, why: str) -> None:
         """Take a server out until it is healthy; the first probe starts at once."""
-        if server.up and self.servers.get(server.url) is server:
-            log.warning("%s is out until its /health answers: %s", server.url, why)
-            self._take_out(server)
+        if not server.up or self.servers.get(server.url) is not server:
+            return
+        if server.leaving:
+            self._drop(server, why)
+            return
+        log.warning("%s is out until its /health answers: %s", server.url, why)
+        self._take_out(server)
 
     async def close(self) -> None:
         """Stop all probes. Idempotent."""
@@ -105,16 +126,39 @@ class Pool:
     def _refresh(self) -> None:
         wanted = listings(self._records.values()) | self._fixed
         for url in self.servers.keys() - wanted.keys():
-            gone = self.servers.pop(url)
-            log.info("%s left", url)
-            if gone.probe is not None:
-                gone.probe.cancel()
+            server = self.servers[url]
+            if not self._is_last(server, wanted):
+                self._drop(server)
+            elif not server.leaving:
+                log.warning(
+                    "%s has no record any more, nor has any other server for its job: used for "
+                    "another %g s while it is healthy",
+                    url,
+                    WITHOUT_RECORD_S,
+                )
+                loop = asyncio.get_running_loop()
+                server.probe = loop.create_task(self._leave(server), name=f"probe {url}")
         for url, listing in wanted.items():
-            if url in self.servers:
-                self.servers[url].listing = listing
-            else:
-                server = self.servers[url] = Server(listing)
-                self._take_out(server)
+            if url not in self.servers:
+                self.servers[url] = Server(listing)
+                self._take_out(self.servers[url])
+                continue
+            server = self.servers[url]
+            server.listing = listing
+            if server.leaving:
+                log.info("%s has a record again", url)
+                server.stop_probe()
+
+    def _is_last(self, server: Server, wanted: Container[str]) -> bool:
+        """Whether it is in, and no server with a record is that can do one of its jobs."""
+        others = [other for other in self.servers.values() if other.up and other.url in wanted]
+        jobs = [job for job in JOBS if server.does(job)]
+        return server.up and not all(any(o.does(job) for o in others) for job in jobs)
+
+    def _drop(self, server: Server, why: str = "it has no record any more") -> None:
+        log.info("%s left: %s", server.url, why)
+        del self.servers[server.url]
+        server.stop_probe()
 
     def _take_out(self, server: Server) -> None:
         server.up = False
@@ -129,6 +173,15 @@ class Pool:
         server.up = True
         server.probe = None
         log.info("%s is in", server.url)
+        self._refresh()  # it takes the place of some that have no record
+
+    async def _leave(self, server: Server) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WITHOUT_RECORD_S):
+                while await self._healthy(server.url):  # noqa: ASYNC110 # seen from outside only
+                    await asyncio.sleep(LAST_ONE_PROBE_S)
+        server.probe = None
+        self._drop(server)
 
     async def _healthy(self, url: str) -> bool:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from proxy_stage import ASK, PARAMS, Stage, StandIn, record, staged, until, unused_url, watched
 
 from mooncake_connector.cluster import encode_node, node_key
+from mooncake_connector.proxy import pool
 
 if TYPE_CHECKING:
     from mooncake_engine.metadata.base import MetadataStore
@@ -41,6 +43,13 @@ def test_requests_go_to_the_least_loaded_server() -> None:
     staged(play, more_decode=(spare,))
 
 
+@pytest.fixture
+def records_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server leaves with its record."""
+    monkeypatch.setattr(pool, "WITHOUT_RECORD_S", 0.0)
+
+
+@pytest.mark.usefixtures("records_only")
 def test_servers_come_and_go_with_their_records() -> None:
     async def play(stage: Stage, store: MetadataStore) -> None:
         await stage.health(prefill_in=0, decode_in=0)
@@ -77,6 +86,103 @@ def test_a_server_that_left_is_not_probed_any_more() -> None:
         store.delete(node_key("p", 0))
         await stage.health(prefill_out=0)
         await until(none_left)
+
+    watched(play)
+
+
+class Two:
+    """A prefill and a decode server in the store, whose records may go."""
+
+    def __init__(self, stage: Stage, store: MetadataStore) -> None:
+        self._store = store
+        self._records = {
+            node_key("p", 0): encode_node(record("p", "kv_producer", stage.prefill.url)),
+            node_key("d", 0): encode_node(record("d", "kv_consumer", stage.decode.url)),
+        }
+        self.come()
+
+    def come(self) -> None:
+        for key, value in self._records.items():
+            self._store.put(key, value)
+
+    def go(self) -> None:
+        for key in self._records:
+            self._store.delete(key)
+
+
+async def said(caplog: pytest.LogCaptureFixture, what: str, times: int) -> None:
+    async def is_said() -> bool:
+        return caplog.text.count(what) == times
+
+    await until(is_said)
+
+
+def test_the_last_servers_are_used_without_records_until_these_come_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when etcd is so slow that all leases run out at once."""
+    caplog.set_level("INFO")
+
+    async def play(stage: Stage, store: MetadataStore) -> None:
+        two = Two(stage, store)
+        await stage.health(prefill_in=1, decode_in=1)
+        for times in (2, 4):
+            two.go()
+            await said(caplog, "has no record any more, nor has any other", times)
+            assert (await stage.ask())[0] == 200
+            assert stage.decode.bodies[-1] == ASK | {"kv_transfer_params": PARAMS}
+            two.come()
+            await said(caplog, "has a record again", times)
+        assert " left" not in caplog.text
+
+    watched(play)
+
+
+@pytest.mark.parametrize("ends", ["its time is over", "a request fails", "its health fails"])
+def test_a_last_server_without_a_record_leaves_when(
+    ends: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(pool, "LAST_ONE_PROBE_S", 0.01)
+    if ends == "its time is over":
+        monkeypatch.setattr(pool, "WITHOUT_RECORD_S", 0.1)
+
+    async def play(stage: Stage, store: MetadataStore) -> None:
+        two = Two(stage, store)
+        await stage.health(prefill_in=1, decode_in=1)
+        two.go()
+        await said(caplog, "has no record any more, nor has any other", 2)
+        if ends == "a request fails":
+            stage.prefill.die()
+            assert (await stage.ask())[:2] == (200, stage.decode.answer)
+            assert stage.decode.bodies == [ASK]
+        elif ends == "its health fails":
+            stage.prefill.healthy = False
+        await stage.health(prefill_in=0, prefill_out=0)
+        assert f"{stage.prefill.url} left" in caplog.text
+
+    watched(play)
+
+
+def test_one_without_a_record_leaves_when_another_comes_in() -> None:
+    async def play(stage: Stage, store: MetadataStore) -> None:
+        Two(stage, store)
+        await stage.health(prefill_in=1, decode_in=1)
+        store.delete(node_key("p", 0))
+        other = StandIn(stage.prefill.answer)
+        await other.start()
+        try:
+            url = f"http://127.0.0.1:{other.port}"
+            store.put(node_key("o", 0), encode_node(record("o", "kv_producer", url)))
+
+            async def only_the_other() -> bool:
+                await stage.ask()
+                return len(other.bodies) > 0
+
+            await until(only_the_other)
+            await stage.health(prefill_in=1, prefill_out=0)
+        finally:
+            await other.stop()
 
     watched(play)
 
