@@ -59,6 +59,7 @@ class Hold:
         self.grant = secrets.token_bytes(16)
         self.pages: list[PageRun] = []  # final ones, a run per group
         self.last = False  # no more pages will become final
+        self.last_at = 0.0  # when it became so
         self.readers: dict[str, Reader] = {}
         self.expected = 1  # how many readers must release
         self.claims: set[Channel] = set()

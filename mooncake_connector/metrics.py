@@ -26,6 +26,12 @@ _HISTOGRAMS = {
         _NUMBERS,
     ),
     "runs": ("transfer_runs", "Runs per batch after neighbours were merged.", _NUMBERS),
+    "exposed": (
+        "exposed_seconds",
+        "Seconds per request from its last page computed to all of it taken by decode: the part "
+        "of the transfer that prefill does not hide.",
+        _TIMES,
+    ),
 }
 
 

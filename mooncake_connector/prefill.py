@@ -130,6 +130,7 @@ class PrefillSide:
             if hold is None or hold.last or hold is not (of or hold):
                 return
             hold.add_pages(pages, last=last)
+            hold.last_at = self._now()
             self._apply(hold, HoldEvent.PAGES)
 
     def hold(self, transfer_id: str, request_id: str, *, of: Hold | None = None) -> None:
@@ -325,6 +326,8 @@ class PrefillSide:
         if hold.all_left():
             hold.reason = reason
             hold.left = True
+            if hold.last and hold.delivered:
+                self._stats.delivered(self._now() - hold.last_at)
             self._apply(hold, HoldEvent.RELEASED)
 
     def _verdict(self, channel: Channel, message: wire.Release, *, held: bool) -> None:

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 class Counts(msgspec.Struct):
-    """Everything since the last `Stats.take`. Lists hold one entry per batch of reads.
+    """Everything since the last `Stats.take`. Lists are of batches of reads, `exposed` of requests.
 
     Attributes:
         seconds: Submit to last byte.
         nbytes: Bytes moved.
         descriptors: Runs before merging neighbours.
         runs: Runs after it.
+        exposed: Last page computed to released by all readers.
         paths: Transport -> batches.
         requests: Requests received whole.
         failures: Reason -> requests.
@@ -29,6 +30,7 @@ class Counts(msgspec.Struct):
     nbytes: list[int] = []
     descriptors: list[int] = []
     runs: list[int] = []
+    exposed: list[float] = []
     paths: dict[str, int] = {}
     requests: int = 0
     failures: dict[str, int] = {}
@@ -58,6 +60,11 @@ class Stats:
         """One request's KV is here and confirmed."""
         with self._lock:
             self._current().requests += 1
+
+    def delivered(self, exposed_s: float) -> None:
+        """Decode took all of one request's KV, so long after its last page was computed."""
+        with self._lock:
+            self._current().exposed.append(exposed_s)
 
     def failure(self, reason: str) -> None:
         """One request's transfer failed; `reason` is one of a small fixed set of words."""

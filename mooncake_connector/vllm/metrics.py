@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mooncake_connector.stats import Counts
 
-_LISTS = ("seconds", "nbytes", "descriptors", "runs")
+_LISTS = ("seconds", "nbytes", "descriptors", "runs", "exposed")
 
 
 @dataclass

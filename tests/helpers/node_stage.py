@@ -119,6 +119,7 @@ class Rank:
         self.failures: dict[str, int] = {}
         self.batches: list[int] = []  # bytes of each read that ended well
         self.whole = 0  # requests that were received and confirmed
+        self.exposed: list[float] = []  # a figure per request that was delivered
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:
             self.engine = opening.enter_context(TransferEngine(self.config.engine))
@@ -213,6 +214,7 @@ class Rank:
         if counts is not None:
             self.batches += counts.nbytes
             self.whole += counts.requests
+            self.exposed += counts.exposed
             for reason, times in counts.failures.items():
                 self.failures[reason] = self.failures.get(reason, 0) + times
 

@@ -49,6 +49,7 @@ def test_counts_are_added_under_their_names(shown: Shown) -> None:
         nbytes=[4096, 8192],
         descriptors=[16, 16],
         runs=[1, 3],
+        exposed=[0.125],
         paths={"tcp": 1, "shm": 1},
         requests=2,
         failures={"expired": 1},
@@ -63,6 +64,7 @@ def test_counts_are_added_under_their_names(shown: Shown) -> None:
     assert shown.value("transfer_bytes_count") == 4
     assert shown.value("transfer_descriptors_sum") == 64
     assert shown.value("transfer_runs_sum") == 8
+    assert shown.value("exposed_seconds_sum") == 0.25
     assert shown.value("requests_total") == 4
     assert shown.value("path_batches_total", path="shm") == 2
     assert shown.value("failures_total", reason="expired") == 2

@@ -1,4 +1,4 @@
-"""What a decode server says about its transfers on `/metrics`."""
+"""What a server of ours says about its transfers on `/metrics`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ class Transfers(msgspec.Struct, frozen=True):
         requests: Requests whose KV was received whole.
         nbytes: Bytes moved.
         seconds: Submit to last byte, summed over batches.
+        exposed: On prefill: last page computed to all taken by decode, summed over requests.
         paths: Transport -> batches.
     """
 
     requests: int
     nbytes: int
     seconds: float
+    exposed: float
     paths: dict[str, int]
 
     @classmethod
@@ -46,6 +48,7 @@ class Transfers(msgspec.Struct, frozen=True):
             requests=int(values.get("requests_total", 0)),
             nbytes=int(values.get("transfer_bytes_sum", 0)),
             seconds=values.get("transfer_seconds_sum", 0.0),
+            exposed=values.get("exposed_seconds_sum", 0.0),
             paths=paths,
         )
 
@@ -72,6 +75,7 @@ class Transfers(msgspec.Struct, frozen=True):
             requests=self.requests - before.requests,
             nbytes=self.nbytes - before.nbytes,
             seconds=self.seconds - before.seconds,
+            exposed=self.exposed - before.exposed,
             paths={name: count for name, count in paths.items() if count},
         )
 

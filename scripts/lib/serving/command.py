@@ -112,9 +112,9 @@ def _measure(
         place.console.print(f"group {number} of {len(parts)}: {names}", highlight=False)
 
         def overlap(up: dict[str, Running]) -> None:
-            reference, pair = up.get("aggregated"), up.get(OVERLAPPING)
-            if plan.rounds > 1 and reference and pair and pair.hand_at_once:
-                result.overlap += vllm_overlap.measure(pair, reference)
+            pair = up.get(OVERLAPPING)
+            if plan.rounds > 1 and pair and pair.hand_at_once:
+                result.overlap += vllm_overlap.measure(pair)
 
         result.rows += run_group(group, plan, place, number, end, overlap)
 

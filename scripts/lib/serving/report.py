@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from serving import sglang_overlap, sglang_pages
+from serving import overlap, sglang_pages
 from serving.verdict import FEWEST_VALID, ratios, summary
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def show(result: Result, console: Console) -> None:
     if result.pages:
         console.print(sglang_pages.table(result.pages))
     if result.overlap:
-        console.print(sglang_overlap.table(result.overlap))
+        console.print(overlap.table(result.overlap))
     measured = [row for row in result.rows if row.rounds]
     if warning := few_valid(result):
         console.print(warning, markup=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from serving.overlap import Overlap
 from serving.setup import Load, LoadFigures
-from serving.sglang_overlap import Overlap
 from serving.sglang_pages import Pages
 
 

@@ -6,6 +6,7 @@ measures opens one, and sends requests by the functions of the `Running` it gets
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 PAGE_SIZE = 64
 PROMPTS = (512, 2048, 4096)  # tokens; the handover is measured at each
 MAX_TOKENS = 4096 + 1024  # the longest prompt and what is generated behind it
+# Our nodes tell their counts every second, and a server's processes theirs to its HTTP server.
+SETTLED_S = 1.2
+SETTLE_WITHIN_S = 10.0
 
 
 class SetupFailed(Exception):
@@ -112,6 +116,23 @@ Switch = Callable[[], None]
 def no_timers() -> dict[str, float]:
     """Of a set-up that moves nothing, or that does not say."""
     return {}
+
+
+def settled(
+    look: Callable[[], dict[str, float]],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, float]:
+    """What two looks a while apart agree on, or the last one after ten seconds."""
+    deadline = clock() + SETTLE_WITHIN_S
+    last = look()
+    while clock() < deadline:
+        sleep(SETTLED_S)
+        now = look()
+        if now == last:
+            break
+        last = now
+    return last
 
 
 def stay_up() -> None:

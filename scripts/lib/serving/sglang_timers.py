@@ -9,21 +9,16 @@ prefill looks whether pages were taken away between two forward passes, so anoth
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from harness.servers import get
 from harness.transfers import PREFIX
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.setup import settled
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from serving.setup import Timers
-
-# Our nodes tell their counts every second; the files behind /metrics are then read one by one.
-SETTLED_S = 1.2
-SETTLE_WITHIN_S = 10.0
 
 OF_DECODE = {
     f"{PREFIX}transfer_seconds_sum": ("seconds", 1.0),
@@ -72,20 +67,3 @@ def totals(page: str, wanted: dict[str, tuple[str, float]]) -> dict[str, float]:
                 name, factor = wanted[sample.name]
                 found[name] += sample.value * factor
     return found
-
-
-def settled(
-    look: Callable[[], dict[str, float]],
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> dict[str, float]:
-    """What two looks a while apart agree on, or the last one after ten seconds."""
-    deadline = clock() + SETTLE_WITHIN_S
-    last = look()
-    while clock() < deadline:
-        sleep(SETTLED_S)
-        now = look()
-        if now == last:
-            break
-        last = now
-    return last

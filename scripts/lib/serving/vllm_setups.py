@@ -164,7 +164,7 @@ def _ours(path: str, pairs: int, servers: VllmServers) -> Running:
         hand_at_once=partial(
             legs.both_at_once, prefill[0], decode[0], f"http://{HOST}:{bootstraps[0]}"
         ),
-        timers=partial(vllm_timers.ours, decode),
+        timers=partial(vllm_timers.ours, prefill, decode),
     )
 
 

@@ -1,7 +1,7 @@
 """What each connector of vLLM counts by itself, brought to the same four names.
 
 "requests" or "batches", "bytes" and "seconds": ours and NIXL's from decode's `/metrics`, Mooncake's
-from the line that prefill, which writes, logs every ten seconds.
+from the line that prefill, which writes, logs every ten seconds. Of ours, prefill counts one more.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ LINE = re.compile(
 )
 
 
-def ours(urls: Iterable[str]) -> dict[str, float]:
-    """Totals of decode servers of ours since they started."""
-    looks = [Transfers.of(url) for url in urls]
+def ours(prefill: Iterable[str], decode: Iterable[str]) -> dict[str, float]:
+    """Totals of servers of ours since they started."""
+    looks = [Transfers.of(url) for url in decode]
     return {
         "requests": sum(look.requests for look in looks),
         "bytes": sum(look.nbytes for look in looks),
         "seconds": sum(look.seconds for look in looks),
+        "exposed_seconds": sum(Transfers.of(url).exposed for url in prefill),
     }
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.integration
 PREFIX = "mooncake_connector:"
 #: Those that show zeros before anything happened.
 NAMES = {"transfer_seconds", "transfer_bytes", "transfer_descriptors", "transfer_runs"}
-NAMES |= {"requests", "held_pages"}
+NAMES |= {"exposed_seconds", "requests", "held_pages"}
 ROW_BYTES = 4096  # a request's row of metadata is 1600 bytes here, whatever its length
 COUNTED_S = 15.0  # a rank records once a second
 

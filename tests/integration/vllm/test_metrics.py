@@ -24,6 +24,7 @@ NAMES = {
     "transfer_bytes": "histogram",
     "transfer_descriptors": "histogram",
     "transfer_runs": "histogram",
+    "exposed_seconds": "histogram",
     "requests": "counter",
     "path_batches": "counter",
     "failures": "counter",

@@ -12,13 +12,23 @@ from typing import TYPE_CHECKING
 import pytest
 from harness.process import ServerFailed
 from harness.sglang import BACKEND
-from serving.setup import PAGE_SIZE, Exchange, Load, LoadFigures, Running, SetupFailed, Spread
+from serving.overlap import taken
+from serving.setup import (
+    PAGE_SIZE,
+    Exchange,
+    Load,
+    LoadFigures,
+    Running,
+    SetupFailed,
+    Spread,
+    settled,
+)
 from serving.sglang_load import command, figures
-from serving.sglang_overlap import CHUNK, PROMPTS, Overlap
+from serving.sglang_overlap import CHUNK, PROMPTS
 from serving.sglang_pages import Pages, loads, one, table
 from serving.sglang_servers import STOCK, Plan
 from serving.sglang_setups import setups
-from serving.sglang_timers import OF_DECODE, OF_PREFILL, settled, timing, totals
+from serving.sglang_timers import OF_DECODE, OF_PREFILL, timing, totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,8 +160,20 @@ def test_prompts_of_the_overlap_are_whole_pages_in_three_chunks() -> None:
 
 
 def test_what_is_not_waited_for_is_hidden() -> None:
-    taken = Overlap(prompt="", tokens=1, last_chunk=1, transfer_ms=80.0, exposed_ms=20.0)
-    assert taken.hidden == 0.75
+    seconds, sent = [0.0], []
+
+    def send(prompt: list[int]) -> None:
+        sent.append(tuple(prompt))
+        seconds.append(seconds[-1] + len(sent))  # 1, 2, 3, ... seconds for one after the other
+
+    def timers() -> dict[str, float]:
+        return {"seconds": seconds[-1], "exposed_seconds": seconds[-1] / 4}
+
+    found = taken("", 65, 64, timers, send)
+    assert (found.transfer_ms, found.exposed_ms, found.hidden) == (3000, 750, 0.75)
+    assert found.last_chunk == 1 / 65
+    assert {len(prompt) for prompt in sent} == {65}
+    assert len(set(sent)) == len(sent)  # no prefix cache has seen them
 
 
 def test_a_row_that_did_not_start_stands_in_the_table_of_page_sizes() -> None:
@@ -192,7 +214,7 @@ mooncake_connector:transfer_seconds_count 10.0
 def test_ours_is_timed_by_its_own_reads_and_a_peer_by_what_sglang_says_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("serving.sglang_timers.SETTLED_S", 0.0)
+    monkeypatch.setattr("serving.setup.SETTLED_S", 0.0)
     with metrics(PREFILL_PAGE) as prefill, metrics(DECODE_PAGE) as decode:
         ours = timing(prefill, decode, ours=True)()
         peers = timing(prefill, decode, ours=False)()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import raw_peer
-from node_stage import Rank, run, until
+from node_stage import Clock, Rank, run, until
 from raw_peer import release, subscribe
 
 from mooncake_connector import wire
@@ -44,9 +44,9 @@ class Watched:
         seen, self.seen = self.seen, []
         return [one for number, one in enumerate(seen) if number == 0 or one != seen[number - 1]]
 
-    def finish(self, *pages: int) -> None:
+    def finish(self, *pages: int, first: int = 0) -> None:
         """The prompt is computed and its pages wait."""
-        self.side.pages_ready("t", [run(0, *pages)], last=True, of=self.hold)
+        self.side.pages_ready("t", [run(first, *pages)], last=True, of=self.hold)
         self.side.hold("t", "p-t", of=self.hold)
 
 
@@ -259,3 +259,41 @@ def test_one_reader_more_than_expected_is_waited_for_too(
     assert verdict(two[1], "other")
     assert watched.hold.delivered
     prefill.await_sent()
+
+
+def test_what_prefill_did_not_hide_is_counted_from_the_last_page_to_the_last_reader(
+    make: Callable[..., Rank],
+) -> None:
+    clock = Clock()
+    prefill = make("prefill", seed=1, now=clock)
+    with raw_peer.join(prefill) as one, raw_peer.join(prefill) as other:
+        watched = Watched(prefill)
+        watched.side.pages_ready("t", [run(0, 5)], last=False)
+        clock.advance(5)
+        watched.finish(6, first=1)
+        for peer, reader in ((one, "one"), (other, "other")):
+            come(peer, reader)
+            peer.receive(wire.Ready)
+            clock.advance(0.25)
+            assert verdict(peer, reader)
+    prefill.await_sent()
+    assert prefill.exposed == [0.5]
+
+
+def test_neither_a_reader_that_gave_up_nor_one_that_wanted_nothing_counts_as_exposed(
+    prefill: Rank, two: tuple[raw_peer.RawPeer, raw_peer.RawPeer]
+) -> None:
+    watched = Watched(prefill)
+    watched.finish(5)
+    two[0].send(subscribe())
+    two[0].receive(wire.Ready)
+    verdict(two[0], "raw", ok=False)
+    prefill.await_sent()
+    watched.side.open("u", "p-u", "key")
+    two[0].send(subscribe("u"))
+    two[0].send(release(1, transfer="u"))  # a prefix hit of all of it: before its last page
+    assert two[0].receive(wire.Released).held
+    watched.side.pages_ready("u", [run(0, 5)], last=True)
+    watched.side.hold("u", "p-u")
+    prefill.await_sent("u")
+    assert prefill.exposed == []
