@@ -40,7 +40,11 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
-                start_new_session=True,  # a terminal's Ctrl-C is ours; and its children end with it
+                # A terminal's Ctrl-C is ours, and its children end with it. No session of its own:
+                # Linux shares CPUs out among sessions (sched_autogroup), and on two cores a server
+                # that spins in sched_yield(), as vLLM's workers do, then kept all others waiting
+                # for seconds.
+                process_group=0,
             )
 
     @property
