@@ -10,6 +10,7 @@ def test_transfers_are_what_metrics_gained_between_two_looks() -> None:
     registry = CollectorRegistry()
     engine = ["engine"]
     seconds = Histogram("mooncake_connector:transfer_seconds", "s", engine, registry=registry)
+    exposed = Histogram("mooncake_connector:exposed_seconds", "e", engine, registry=registry)
     nbytes = Histogram("mooncake_connector:transfer_bytes", "b", engine, registry=registry)
     requests = Counter("mooncake_connector:requests", "r", engine, registry=registry)
     paths = Counter("mooncake_connector:path_batches", "p", ["engine", "path"], registry=registry)
@@ -17,6 +18,7 @@ def test_transfers_are_what_metrics_gained_between_two_looks() -> None:
 
     def move(engine: str, size: int, path: str) -> None:
         seconds.labels(engine).observe(0.25)
+        exposed.labels(engine).observe(0.125)
         nbytes.labels(engine).observe(size)
         requests.labels(engine).inc()
         paths.labels(engine, path).inc()
@@ -33,13 +35,13 @@ def test_transfers_are_what_metrics_gained_between_two_looks() -> None:
         server.shutdown()
         server.server_close()
         thread.join()
-    assert before == Transfers(requests=1, nbytes=1000, seconds=0.25, paths={"tcp": 1})
-    assert moved == Transfers(requests=2, nbytes=4160, seconds=0.5, paths={"shm": 2})
+    assert before == Transfers(1, 1000, seconds=0.25, exposed=0.125, paths={"tcp": 1})
+    assert moved == Transfers(2, 4160, seconds=0.5, exposed=0.25, paths={"shm": 2})
     assert moved.path == "shm"
 
 
 def test_a_request_that_moved_nothing_names_no_path() -> None:
-    nothing = Transfers(requests=3, nbytes=10, seconds=1.0, paths={"tcp": 2})
+    nothing = Transfers(3, 10, seconds=1.0, exposed=0.0, paths={"tcp": 2})
     assert nothing.since(nothing).path == "-"
 
 
