@@ -13,7 +13,7 @@ _TIMES = [10.0**exponent * step for exponent in range(-4, 2) for step in (1, 2, 
 _SIZES = [2.0**power for power in range(12, 36, 2)]
 _NUMBERS = [4.0**power for power in range(11)]
 #: Field of `stats.Counts` -> name, text, buckets.
-_HISTOGRAMS = {
+HISTOGRAMS = {
     "seconds": (
         "transfer_seconds",
         "Seconds from submit to last byte, per batch of reads.",
@@ -57,7 +57,7 @@ class Instruments:
             field: histogram(
                 name=PREFIX + name, documentation=text, buckets=buckets, labelnames=labels
             )
-            for field, (name, text, buckets) in _HISTOGRAMS.items()
+            for field, (name, text, buckets) in HISTOGRAMS.items()
         }
         self._requests = counter(
             name=f"{PREFIX}requests",

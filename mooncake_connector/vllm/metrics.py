@@ -12,15 +12,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from mooncake_connector.metrics import Instruments
+from mooncake_connector.metrics import HISTOGRAMS, Instruments
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
 
     from mooncake_connector.stats import Counts
-
-_LISTS = ("seconds", "nbytes", "descriptors", "runs", "exposed")
 
 
 @dataclass
@@ -45,7 +43,7 @@ class MooncakeStats(KVConnectorStats):
         if not self.data:
             self.data = other.data
             return self
-        for key in _LISTS:
+        for key in HISTOGRAMS:
             self.data[key].extend(other.data.get(key, ()))
         for key in ("paths", "failures"):
             for name, count in other.data.get(key, {}).items():
