@@ -134,7 +134,7 @@ class Forks:
 
     def __init__(self, folder: Path) -> None:
         here = Path(__file__).parent
-        environ = {**os.environ, "PYTHONPATH": str(here)}
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         environ |= {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_HOST_IP": "127.0.0.1"}
         environ |= {"SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0"}
         self._folder = folder

@@ -31,9 +31,11 @@ def test_a_killed_node_takes_its_server_out_and_a_new_one_brings_it_back(
         assert (await stage.ask())[0] == 200
         assert "kv_transfer_params" in stage.decode.bodies[-1]
         node.kill()
+        stage.prefill.healthy = False  # nor would the last one with no record be let go
         await stage.health(prefill_in=0, prefill_out=0)
         assert (await stage.ask())[0] == 200
         assert stage.decode.bodies[-1] == ASK
+        stage.prefill.healthy = True
         await asyncio.to_thread(publish, etcd.address, node_key("p", 0), prefill)
         await stage.health(prefill_in=1)
 
