@@ -69,7 +69,7 @@ def busy_loops(count: int) -> Iterator[None]:
                 [sys.executable, "-IS", "-c", _LOOP],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C is the driver's
+                process_group=0,  # a terminal's Ctrl-C is the driver's; no session: see ChildSide
             )
             running.callback(_end, loop)
             assert loop.stdout is not None  # asked for above

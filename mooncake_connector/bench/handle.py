@@ -99,7 +99,7 @@ class Handle:
 
 
 class ChildSide(Handle):
-    """A side in a child process with a session of its own; its output goes to `log`."""
+    """A side in a child process, leader of a process group; its output goes to `log`."""
 
     def __init__(self, name: str, environment: Mapping[str, str], log: Path) -> None:
         """Start it. The thread that does so must outlive it: the side dies with that thread."""
@@ -112,7 +112,9 @@ class ChildSide(Handle):
                 stdout=subprocess.PIPE,
                 stderr=output,
                 env={**os.environ, **environment},
-                start_new_session=True,  # a terminal's Ctrl-C is the driver's
+                # A terminal's Ctrl-C is the driver's. No session of its own: Linux shares cores
+                # out among sessions (sched_autogroup), whatever runs in each.
+                process_group=0,
             )
         assert self._process.stdin is not None  # asked for above
         assert self._process.stdout is not None  # ditto
@@ -127,7 +129,7 @@ class ChildSide(Handle):
 
     @property
     def pid(self) -> int:
-        """Of the side's process, and of its session."""
+        """Of the side's process, and of its group."""
         return self._process.pid
 
     @override

@@ -88,7 +88,7 @@ class TargetServer:
             [sys.executable, "-m", "mooncake_connector.bench.side", str(os.getpid()), *given],
             stdin=connection.fileno(),
             stdout=connection.fileno(),
-            start_new_session=True,
+            process_group=0,  # as in `handle.py`
         )
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from harness.completions import CompletionFailed, complete, token_prompt
@@ -16,7 +17,7 @@ from serving.setup import Running, Setup, SetupFailed
 from serving.vllm_servers import PEERS_PYTHON, VllmServers, said
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from harness.servers import Server
 
@@ -26,6 +27,7 @@ Build = Callable[[VllmServers], Running]
 
 PATHS = {"tcp": "tcp", "shm": "same host"}  # our protocol -> route
 TCP, SAME_HOST = PATHS.values()
+SHARED_PAGES = {"engine.shm.share_registered": True}
 UNPINNED = "os.sched_setaffinity ignored while it starts, so that its workers share all cores"
 MOONCAKE_NEEDED = (
     "torch.accelerator.current_device_index() says 0 and the platform's set_device does nothing; "
@@ -51,6 +53,12 @@ def setups() -> tuple[Setup, ...]:
             )
             for pairs in (1, 2)
             for path, route in PATHS.items()
+        ),
+        _setup(
+            "ours 1P1D, shm, shared pages",
+            SAME_HOST,
+            partial(_ours, "shm", 1, more=SHARED_PAGES),
+            kind="ours",
         ),
         _setup("NIXL, UCX_TLS=tcp", TCP, partial(_nixl, "NixlConnector", "tcp")),
         _setup(
@@ -136,9 +144,11 @@ def _regular(servers: VllmServers) -> Running:
     return _running(servers, *_ready(servers.round_robin(*(server.url for server in both))))
 
 
-def _ours(path: str, pairs: int, servers: VllmServers) -> Running:
+def _ours(
+    path: str, pairs: int, servers: VllmServers, more: Mapping[str, object] = MappingProxyType({})
+) -> Running:
     etcd = servers.etcd()
-    settings = {"engine.protocol": path, "engine.strict_transport": True}
+    settings = {"engine.protocol": path, "engine.strict_transport": True, **more}
     bootstraps = [free_port() for _ in range(pairs)]
     started = [
         servers.serve(
