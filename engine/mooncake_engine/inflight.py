@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +30,7 @@ class InFlight:
         self._changed = threading.Condition(self.lock)
         self._batches: set[Batch] = set()
         self._late: set[Batch] = set()  # those of them that were told so
-        self._alone: Counter[PreparedTransfer] = Counter()  # runs that are no batch
+        self._alone: dict[PreparedTransfer, int] = {}  # how many runs that are no batch
         self._thread: threading.Thread | None = None
         self._wakes_at = float("inf")
         self._closed = False
@@ -59,16 +58,19 @@ class InFlight:
                 self._late.discard(batch)
 
     def enter(self, transfer: PreparedTransfer) -> None:
-        """It moves its one slice by a lane, which looks at the deadline; no batch is made of it."""
-        with self.lock:
-            self._alone[transfer] += 1
+        """It moves its one slice by a lane, which looks at the deadline; no batch is made of it.
+
+        With the lock, as `leave`.
+        """
+        self._alone[transfer] = self._alone.get(transfer, 0) + 1
 
     def leave(self, transfer: PreparedTransfer) -> None:
         """That has ended."""
-        with self.lock:
-            self._alone[transfer] -= 1
-            if not self._alone[transfer]:
-                del self._alone[transfer]
+        left = self._alone[transfer] - 1
+        if left:
+            self._alone[transfer] = left
+        else:
+            del self._alone[transfer]
 
     def touching(self, region: Region) -> Batch | PreparedTransfer | None:
         """What uses local memory of `region`, or None."""

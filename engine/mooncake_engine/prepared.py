@@ -25,7 +25,6 @@ from mooncake_engine.errors import (
 from mooncake_engine.inflight import InFlight
 from mooncake_engine.stats import Counters
 from mooncake_engine.types import Completion, Status
-from mooncake_engine.worker import Moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from mooncake_engine.segment import Segment
     from mooncake_engine.stats import Key, Totals
     from mooncake_engine.types import Op, SegmentRecord, Slice
+    from mooncake_engine.worker import Moved
 
 
 class Office:
@@ -171,7 +171,7 @@ class PreparedTransfer:
         with self._office.inflight.lock:
             if self._has_changed(timeout) or not move(piece):
                 return None
-            return self._ended(began, Moved(None, None, time.monotonic()))
+            return self._moved(time.monotonic() - began)
 
     def _by_lane(self, piece: Slice, timeout: float | None) -> Completion | None:
         """By an idle lane, which looks at the deadline itself."""
@@ -182,13 +182,15 @@ class PreparedTransfer:
             if hand is None:
                 return None
             inflight.enter(self)
+        moved = None
         try:
             deadline = began + (self._office.timeout_s if timeout is None else timeout)
             moved = self._worker.move_alone(hand, piece, deadline)
         finally:
-            inflight.leave(self)
-        with inflight.lock:
-            return self._ended(began, moved)
+            with inflight.lock:
+                inflight.leave(self)
+                end = self._ended(began, moved) if moved else None
+        return end
 
     def _has_changed(self, timeout: float | None) -> bool:
         """What the long way looks at, and says what is wrong with it."""
@@ -200,9 +202,28 @@ class PreparedTransfer:
             or (timeout is not None and not 0 < timeout < threading.TIMEOUT_MAX)
         )
 
+    # With the lock of `inflight`, which also guards the tallies.
+
+    def _moved(self, seconds: float) -> Completion:
+        """All of it, by the segment's own path. Kept short: a microsecond is much of it."""
+        plan = self.plan
+        end = Completion(
+            status=Status.OK,
+            nbytes=plan.nbytes,
+            path=self._segment.path,
+            descriptors=plan.descriptors,
+            runs=self._runs,
+            queued_s=0.0,
+            total_s=seconds,
+        )
+        self._tally.add(end)
+        return end
+
     def _ended(self, began: float, moved: Moved) -> Completion:
-        """With the lock of `inflight`, which also guards the tallies."""
-        plan, (failure, path, ended) = self.plan, moved
+        failure, path, seconds = moved.failure, moved.path, moved.at - began
+        if not (failure or path):
+            return self._moved(seconds)
+        plan = self.plan
         end = Completion(
             status=failure.status if failure else Status.OK,
             error=failure.error if failure else "",
@@ -211,12 +232,9 @@ class PreparedTransfer:
             descriptors=plan.descriptors,
             runs=self._runs,
             queued_s=0.0,
-            total_s=ended - began,
+            total_s=seconds,
         )
-        if failure or path:
-            self._office.count(plan.op, end)
-        else:
-            self._tally.add(end)
+        self._office.count(plan.op, end)
         return end
 
     def _start(self, timeout: float | None) -> Batch:

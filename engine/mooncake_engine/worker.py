@@ -14,17 +14,19 @@ import logging
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from mooncake_engine.batch import Failure
 from mooncake_engine.errors import LaneError
 from mooncake_engine.hands import Hand, IdleHands
-from mooncake_engine.types import Status
+from mooncake_engine.types import Path, Status
 
 if TYPE_CHECKING:
     from mooncake_engine.batch import Batch
     from mooncake_engine.transport.base import Link
-    from mooncake_engine.types import Path, Slice
+    from mooncake_engine.types import Slice
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ HIRE_AGAIN_S = 5.0
 _INTERRUPTED = Failure(Status.CANCELLED, "the caller was interrupted")
 
 
-class Moved(NamedTuple):
+class Moved(msgspec.Struct, frozen=True):
     """What became of a slice that was no batch's."""
 
     failure: Failure | None
