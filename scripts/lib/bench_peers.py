@@ -37,6 +37,8 @@ DESCRIPTORS, CONTACT = "descriptors", "contact"
 WARM_UP_S, BESIDE_S = 0.25, 0.25
 #: Whose first contact is measured: each engine as it comes.
 AS_THEY_COME = {"ours tcp", "ours shm", "NIXL tcp", "NIXL cma", "Mooncake tcp", "UCX tcp"}
+#: In C, beside our own batch of many descriptors.
+LOOPS = {"C sockets, 2 streams", "process_vm in C, 2 threads"}
 WHEELS = (
     "mooncake-transfer-engine-non-cuda",
     "nixl-cu12",
@@ -143,12 +145,10 @@ def main() -> None:
     try:
         _by_turns(bench, taking, time.monotonic() + 60 * options.minutes, logs)
         ours = [_backend("ours").variants(route)[0] for route in OURS]
+        all_of = [v for route in OURS for one in _present() for v in _backend(one).variants(route)]
         if not options.only or DESCRIPTORS in options.only:
-            bench.descriptors(ours)
+            bench.descriptors([*ours, *(one for one in all_of if one.name in LOOPS)])
         if not options.only or CONTACT in options.only:
-            all_of = [
-                v for route in OURS for peer in _present() for v in _backend(peer).variants(route)
-            ]
             defaults = [variant for variant in all_of if variant.name in AS_THEY_COME]
             bench.contact([*ours, *defaults], options.rounds)
     finally:
@@ -211,7 +211,8 @@ def _variants(group: Group) -> list[Variant]:
 
 
 def _present() -> list[str]:
-    return [name for name in PEERS if not _backend(name).missing()]
+    """Whoever is compared with us, and can be."""
+    return [name for name in (*PEERS, "sockets", "memcpy") if not _backend(name).missing()]
 
 
 def _backend(name: str) -> Backend:

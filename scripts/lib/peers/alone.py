@@ -30,21 +30,36 @@ LINEAR = 1.25
 
 
 def descriptors(variants: Iterable[Variant], logs: Path) -> list[Verdict]:
-    """One batch of many descriptors: time outside system calls, and whether it grows in step."""
+    """One batch of many descriptors: time outside system calls, and whether it grows in step.
+
+    Goals are ours. Loops in C stand beside: what each of many costs them more is the machine's, as
+    where 25 000 fit into its caches and 100 000 do not.
+    """
     row, found = "100 000 descriptors in one batch", []
     works = [
         workload(f"{count} x {DESCRIPTOR} bytes read", apart("read", count, DESCRIPTOR))
         for count in COUNTS
     ]
     for variant in variants:
+        ours = variant.backend == "ours"
         blank = Verdict(row=row, workload=f"{works[-1].name}, {variant.name}", target="")
         try:
             spent = [_spent(variant, work, logs) for work in works]
         except BackendFailed as error:
-            found.append(msgspec.structs.replace(blank, target="runs", met=False, note=str(error)))
+            failed = {"target": "runs", "met": False} if ours else {}
+            found.append(msgspec.structs.replace(blank, **failed, note=str(error)))
             continue
         each = [1e6 * took / count for (took, _), count in zip(spent, COUNTS, strict=True)]
         outside = 1e6 * spent[-1][1] / COUNTS[-1]
+        growth = msgspec.structs.replace(
+            blank,
+            ours=", ".join(f"{one:.2f}" for one in each) + " us each",
+            against=f"{COUNTS[0]}, {COUNTS[1]}, {COUNTS[2]} descriptors",
+            value=each[-1] / each[0],
+        )
+        if not ours:
+            found.append(growth)
+            continue
         found += [
             msgspec.structs.replace(
                 blank,
@@ -54,12 +69,7 @@ def descriptors(variants: Iterable[Variant], logs: Path) -> list[Verdict]:
                 met=outside < 0.3,
             ),
             msgspec.structs.replace(
-                blank,
-                ours=", ".join(f"{one:.2f}" for one in each) + " us each",
-                against=f"{COUNTS[0]}, {COUNTS[1]}, {COUNTS[2]} descriptors",
-                value=each[-1] / each[0],
-                target=f"<= {LINEAR} (linear)",
-                met=each[-1] / each[0] <= LINEAR,
+                growth, target=f"<= {LINEAR} (linear)", met=each[-1] / each[0] <= LINEAR
             ),
         ]
     return found
