@@ -142,12 +142,7 @@ def _value(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
         case Kind.CPU:
             return outcome.median(goal.ours, goal.workload, cpu), "", ""
         case Kind.P50 | Kind.P99:
-            part = seconds if goal.kind is Kind.P50 else _p99
-            quiet = outcome.median(goal.ours, goal.beside, seconds)
-            busy = outcome.median(goal.ours, goal.workload, part)
-            if quiet is None or busy is None:
-                return None, "", f"no turn of {goal.beside}"
-            return busy / quiet, f"quiet {_time(quiet)}", ""
+            return _loaded(goal, outcome)
         case Kind.DROP:
             return _drop(goal, outcome)
         case Kind.FASTER | Kind.IN_PLACE:
@@ -159,6 +154,24 @@ def _value(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
             ratio = outcome.ratio(rival, goal.ours, goal.workload, took)
             shown = f"{rival} {_figure(outcome, rival, goal.workload, took)}"
             return ratio, shown, "" if ratio else "no round in which both are valid"
+
+
+def _loaded(goal: Goal, outcome: Outcome) -> tuple[float | None, str, str]:
+    """What the load beside does to ours; and to whom the goal is against, which judges nothing."""
+    part = seconds if goal.kind is Kind.P50 else _p99
+
+    def times(variant: str) -> float | None:
+        quiet = outcome.median(variant, goal.beside, seconds)
+        busy = outcome.median(variant, goal.workload, part)
+        return busy / quiet if quiet and busy else None
+
+    quiet = outcome.median(goal.ours, goal.beside, seconds)
+    value, rival = times(goal.ours), best(outcome, goal.workload, _meant(goal, outcome))
+    if quiet is None or value is None:
+        return None, "", f"no turn of {goal.beside}"
+    theirs = times(rival) if rival else None
+    beside = f"; {rival} {theirs:.2f}" if theirs else ""
+    return value, f"quiet {_time(quiet)}{beside}", ""
 
 
 def _compared(goal: Goal, outcome: Outcome) -> list[str]:

@@ -137,6 +137,16 @@ def test_beside_busy_loops_times_are_compared_with_the_quiet_median(
     assert verdict.met == (kind is Kind.P50)
 
 
+def test_beside_busy_loops_a_loop_in_c_is_shown_and_judges_nothing() -> None:
+    ours = turn("ours tcp", 0.1, work="quiet"), turn("ours tcp", 0.2, p99=3.0)
+    loop = turn("C sockets, 1 stream", 0.05, work="quiet"), turn("C sockets, 1 stream", 0.1, p99=4)
+    given = goal(kind=Kind.P99.value, beside="quiet", against=["C sockets"], bound=20.0)
+    verdict = judged(given, *ours, *loop)
+    assert verdict.against == "quiet 100.0 ms; C sockets, 1 stream 80.00"
+    assert verdict.value == pytest.approx(30.0)
+    assert judged(given, *ours).against == "quiet 100.0 ms"
+
+
 def test_the_drop_compares_what_each_keeps_of_its_speed_in_long_runs() -> None:
     verdict = judged(
         goal(kind=Kind.DROP.value, beside="long", against=["C sockets"], bound=0.9),
