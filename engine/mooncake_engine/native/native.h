@@ -119,8 +119,8 @@ enum { SPIN_NS = 50000 }; /* the longest look: a wake-up costs 21 us, a time sli
 struct spin {
     uint32_t skip;  /* so many chances are left out before the next try */
     uint32_t step;  /* how many were left out the last time */
-    uint32_t wary;  /* how many were left out when the core had been taken away */
-    long switches;  /* of the thread, against its will, when last looked at */
+    uint32_t wary;  /* how many were left out when others wanted the cores */
+    uint32_t looks; /* since then */
 };
 
 /* As receive_once, without blocking: looks for bytes for up to `budget` ns, and takes what it took

@@ -2,19 +2,23 @@
  *
  * To be woken costs 21 us a round trip on a virtual machine, to look all the time 7.5 us. But who
  * looks takes a core from somebody: so it is brief, and after each try that found nothing twice as
- * many chances are left out. Where the core was taken away meanwhile, others want it: who sleeps is
- * let in at once when there is something to do, who looked has used up his share and waits. */
+ * many chances are left out. Where others want the cores it does not pay: no core is idle then, so
+ * to be woken costs little, and who sleeps is let in at once when there is something to do; who
+ * looked has used up his share and waits for milliseconds. */
 
 #define _GNU_SOURCE
 #include "native.h"
 
 #include <errno.h>
-#include <sys/resource.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 enum {
-    TAKEN_NS = 500000,   /* between two looks, each under 1 us: somebody else was on the core */
-    LEAST_WARY = 256,    /* chances left out after that */
+    JUDGED = 64,         /* looks, 2 ms of them: so often the thread asks if it had to wait */
+    LEAST_WARY = 256,    /* chances left out after it had to */
     MOST_WARY = 8192,
     MOST_LEFT_OUT = 256, /* chances: beside a slow peer, 0.2 us each of a wait of 50 or more */
 };
@@ -27,24 +31,53 @@ static void found_nothing(struct spin *spin)
     spin->skip = spin->step;
 }
 
-/* Was it this machine's scheduler who took the core away, since the last such gap? A hypervisor does
- * so too, and whoever sleeps then is not let in any sooner. */
-static bool by_the_scheduler(struct spin *spin)
+/* Nanoseconds that this thread was ready to run and did not; 0 on a kernel that does not tell. */
+static int64_t waited_ns(void)
 {
-    struct rusage usage;
-    getrusage(RUSAGE_THREAD, &usage);
-    bool switched = usage.ru_nivcsw != spin->switches;
-    spin->switches = usage.ru_nivcsw;
-    return switched;
+    char text[64] = "";
+    int fd = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    ssize_t size = read(fd, text, sizeof text - 1);
+    close(fd);
+    char *second = size > 0 ? strchr(text, ' ') : NULL;
+    return second ? strtoll(second, NULL, 10) : 0;
 }
 
-/* A core that is taken away after 4 ms of looking is taken away again: forget it slowly. */
+/* Of the time since it was last asked, by this thread, more than a quarter went by waiting. */
+static bool has_waited(void)
+{
+    static __thread int64_t last_at, last_waited;
+    int64_t at = now_ns(), waited = waited_ns();
+    bool much = waited - last_waited > (at - last_at) / 4;
+    last_at = at;
+    last_waited = waited;
+    return much;
+}
+
+/* Cores that are wanted now are so for long: forget it slowly. */
 static void was_taken(struct spin *spin)
 {
     spin->wary = spin->wary < LEAST_WARY ? LEAST_WARY : spin->wary * 4;
     if (spin->wary > MOST_WARY)
         spin->wary = MOST_WARY;
     spin->skip = spin->wary;
+    spin->looks = 0;
+}
+
+/* Is a core to be had? The first look after a while only begins to count. */
+static bool may_look(struct spin *spin)
+{
+    if (spin->looks++ % JUDGED)
+        return true;
+    bool crowded = has_waited();
+    if (spin->looks == 1)
+        return true;
+    if (crowded)
+        was_taken(spin);
+    else
+        spin->wary /= 2;
+    return !crowded;
 }
 
 int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t *budget)
@@ -56,21 +89,20 @@ int64_t receive_spinning(int fd, struct cursor *into, struct spin *spin, int64_t
         spin->skip--;
         return -EAGAIN;
     }
-    int64_t began = now_ns(), last = began;
+    if (!may_look(spin))
+        return -EAGAIN;
+    int64_t began = now_ns();
     for (;;) {
         moved = receive_once(fd, into, MSG_DONTWAIT);
-        int64_t now = now_ns();
-        bool found = moved != -EAGAIN, late = now - began >= *budget;
+        int64_t looked = now_ns() - began;
+        bool found = moved != -EAGAIN, late = looked >= *budget;
         if (found || late) {
-            *budget = late ? 0 : *budget - (now - began);
-            if (now - last >= TAKEN_NS && by_the_scheduler(spin))
-                was_taken(spin);
-            else if (found)
-                spin->step = 0, spin->wary -= (spin->wary + 63) / 64;
+            *budget = late ? 0 : *budget - looked;
+            if (found)
+                spin->step = 0;
             else
                 found_nothing(spin);
             return moved;
         }
-        last = now;
     }
 }
