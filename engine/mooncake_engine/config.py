@@ -56,7 +56,7 @@ class ShmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     # Yama's ptrace_scope 1 (Ubuntu): permit any process of our user to read this one's memory.
     allow_any_reader: bool = True
-    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     native: bool = True  # as for tcp
     # Put a memfd under registered CPU memory, so that peers of this machine map it and copy large
     # batches by memcpy. Nothing may write to it while it is registered or unregistered, and no

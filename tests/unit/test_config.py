@@ -69,7 +69,7 @@ def test_later_sources_win_and_the_origin_of_each_value_is_kept(tmp_path: Path) 
             "MC_TCP_LANES_PER_PEER": "3",
             "MC_TRANSFER_TIMEOUT": "60",
         },
-        extra={"engine": {"transfer_timeout_s": 90}, "engine.shm.threads": 4},
+        extra={"engine": {"transfer_timeout_s": 90}, "engine.shm.threads": 6},
     )
     engine = loaded.config.engine
     assert (engine.tcp.slice_bytes, loaded.origins["engine.tcp.slice_bytes"]) == (65536, str(file))
@@ -77,7 +77,7 @@ def test_later_sources_win_and_the_origin_of_each_value_is_kept(tmp_path: Path) 
     assert loaded.origins["engine.tcp.lanes_per_peer"] == "MC_TCP_LANES_PER_PEER"
     assert engine.transfer_timeout_s == 90.0
     assert loaded.origins["engine.transfer_timeout_s"] == "kv_connector_extra_config"
-    assert engine.shm.threads == 4
+    assert engine.shm.threads == 6
     assert loaded.origins["engine.protocol"] == "default"
 
 
