@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 from harness.servers import Servers
 from peers import alone, drawing
-from peers.rows import OURS, PEERS, Group, groups, quick
+from peers.rows import LIMITS, OURS, PEERS, Group, groups, quick
 from peers.table import variant_table, verdict_table
 from peers.verdicts import Verdict, in_the_running, joined, verdicts
 
@@ -212,7 +212,7 @@ def _variants(group: Group) -> list[Variant]:
 
 def _present() -> list[str]:
     """Whoever is compared with us, and can be."""
-    return [name for name in (*PEERS, "sockets", "memcpy") if not _backend(name).missing()]
+    return [name for name in (*PEERS, *LIMITS.values()) if not _backend(name).missing()]
 
 
 def _backend(name: str) -> Backend:

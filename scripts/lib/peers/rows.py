@@ -26,6 +26,8 @@ SHARED = "ours shm, shared pages"
 SOCKETS, MEMCPY, KERNEL = "C sockets", "memcpy in C", "process_vm in C"
 CALLED = "Python calling C sockets"
 NIXL, MOONCAKE = "NIXL", "Mooncake tcp"
+#: Modules of what the machine can do, loops in C.
+LIMITS = {Route.TCP: "sockets", Route.SAME_HOST: "memcpy"}
 PEERS = ("mooncake", "nixl", "ucx", "zmq", "gloo")
 BUSY, LOOPS = Condition(busy_python=True), Condition(busy_loops=2)
 
@@ -238,7 +240,7 @@ def _single(count: int) -> Iterable[Group]:
     """Few blocks: latency. "Faster" is a ratio above 1."""
     shape = (count, 4 * KIB)
     peers: tuple[str, ...] = (NIXL, MOONCAKE, "UCX", "ZeroMQ", "gloo")
-    for route, limit in ((Route.TCP, "sockets"), (Route.SAME_HOST, "memcpy")):
+    for route, limit in LIMITS.items():
         bound, against = 1.0, peers
         if count == 1 and route is Route.SAME_HOST:
             bound, against = 1 / 1.5, (NIXL,)
@@ -260,7 +262,7 @@ def _busy_loops(route: Route) -> Group:
     quiet = [w for shape in shapes for w in _both(*shape)]
     busy = [w for shape in shapes for w in _both(*shape, LOOPS)]
     # A loop in C is preempted by the same scheduler.
-    limit, names = ("sockets", (SOCKETS,)) if route is Route.TCP else ("memcpy", (KERNEL,))
+    names = (SOCKETS,) if route is Route.TCP else (KERNEL,)
     goals = [
         Goal(
             workload=after.name,
@@ -277,7 +279,7 @@ def _busy_loops(route: Route) -> Group:
         key=f"busy-loops-{'tcp' if route is Route.TCP else 'host'}",
         title=f"two busy loops beside, {route}",
         route=route,
-        backends=("ours", limit),
+        backends=("ours", LIMITS[route]),
         workloads=(*quiet, *busy),
         goals=tuple(goals),
         turn_s=0.6,
@@ -288,7 +290,7 @@ def _busy_loops(route: Route) -> Group:
 
 def _busy_python(route: Route) -> Group:
     shapes = ((2048, 128 * KIB), (2048, 4 * KIB), (1, 4 * KIB))
-    limit, names = ("sockets", (SOCKETS, CALLED)) if route is Route.TCP else ("memcpy", (KERNEL,))
+    names = (SOCKETS, CALLED) if route is Route.TCP else (KERNEL,)
     busy = [w for shape in shapes for w in _both(*shape, BUSY)]
     # The C loop takes the time itself and so knows nothing of the interpreter lock; nor does the
     # moment at which our last byte is in place. The caller waits up to a switch interval longer.
@@ -309,7 +311,7 @@ def _busy_python(route: Route) -> Group:
         key=f"busy-python-{'tcp' if route is Route.TCP else 'host'}",
         title=f"a busy Python thread in each process, {route}",
         route=route,
-        backends=("ours", limit),
+        backends=("ours", LIMITS[route]),
         workloads=tuple(busy),
         goals=tuple(goals),
         most=(PREPARED[route], *names),
